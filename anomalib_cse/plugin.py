@@ -1,0 +1,71 @@
+"""How anomalib comes to know Cse: an import hook, installed by a ``.pth`` file, that imports nothing itself.
+
+anomalib has no entry points; it finds models among the imported subclasses of its base classes and the attributes of
+its packages. So the hook waits for ``anomalib.models`` and adds Cse right after. It runs at every start of the
+interpreter, in programs that never heard of anomalib: it may cost nothing and must not fail.
+"""
+
+import sys
+
+PACKAGES = {
+    "anomalib.models": {"Cse": "anomalib_cse.lightning_model"},
+    "anomalib.data": {"MVTec": "anomalib_cse.datamodules", "SurfaceDemo": "anomalib_cse.datamodules"},
+}
+
+
+class RegistrationFinder:
+    """Finds nothing itself; has what the other finders find registered after its import."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):  # noqa: ANN001, ANN205  annotations would be the first import
+        """The specification of one of :data:`PACKAGES`, whose execution ends with :func:`register`."""
+        if name not in PACKAGES:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is RegistrationFinder else finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                execute = spec.loader.exec_module
+
+                def exec_module(module) -> None:  # noqa: ANN001
+                    execute(module)
+                    register(module)
+
+                spec.loader.exec_module = exec_module
+                return spec
+        return None
+
+
+def register(package) -> None:  # noqa: ANN001
+    """Add to one of :data:`PACKAGES` what it lacks.
+
+    The names become attributes that are imported on demand, since this may run in the middle of importing them; the
+    import below then puts the classes among the subclasses in which anomalib's command line looks.
+    """
+    from importlib import import_module
+
+    modules = {name: module for name, module in PACKAGES[package.__name__].items() if not hasattr(package, name)}
+
+    def __getattr__(name):  # noqa: ANN001, ANN202, N807
+        if name in modules:
+            return getattr(import_module(modules[name]), name)
+        msg = f"module {package.__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+
+    package.__getattr__ = __getattr__
+    try:
+        for module in modules.values():
+            import_module(module)
+    except Exception as error:  # noqa: BLE001  whatever ails this plugin, anomalib must still work
+        import warnings
+
+        warnings.warn(f"anomalib-cse cannot be registered with this anomalib: {error!r}", stacklevel=2)
+
+
+def install() -> None:
+    """Wait for anomalib, or register at once with what of it is already imported."""
+    if RegistrationFinder in sys.meta_path:
+        return
+    sys.meta_path.insert(0, RegistrationFinder)
+    for name in PACKAGES:
+        if name in sys.modules:
+            register(sys.modules[name])

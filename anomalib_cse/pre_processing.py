@@ -1,0 +1,92 @@
+"""Resizing that survives export: the exported graph computes what ``engine.predict`` computes."""
+
+import copy
+from typing import Any
+
+import torch
+from anomalib.data.transforms import ExportableCenterCrop
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
+
+
+def resize_matrix(in_size: int, out_size: int, device: torch.device | None = None) -> Tensor:
+    """Weights of antialiased bilinear resizing along one axis, ``(out_size, in_size)``, rows summing to 1.
+
+    Output i is centred at ``(i + 1/2) * n / m`` between n input and m output samples; its weights are a triangle of
+    half-width ``max(n / m, 1)``. Multiplied by 2 m all of it is whole numbers, so that no precision that a runtime
+    chooses for its arithmetic can move an index.
+    """
+    centre = (2 * torch.arange(out_size, device=device) + 1) * in_size  # 2 m times the centre of output i
+    sample = (2 * torch.arange(in_size, device=device) + 1) * out_size  # 2 m times the centre of input j
+    half_width = 2 * torch.sym_max(in_size, out_size)
+    weights = (half_width - (sample[None] - centre[:, None]).abs()).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+class ExactResize(nn.Module):
+    """Antialiased bilinear resizing as two matrix products; equal to torchvision's ``Resize`` and exportable.
+
+    Args:
+        size: Height and width of the output.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize ``(B, C, H, W)`` to ``(B, C, *size)``."""
+        rows = resize_matrix(images.shape[-2], self.size[0], images.device)
+        columns = resize_matrix(images.shape[-1], self.size[1], images.device)
+        return rows @ images @ columns.T
+
+
+def exportable(transform: Transform) -> nn.Module:
+    """``transform`` with every ``Resize`` and ``CenterCrop`` in a form that exports and computes the same.
+
+    Raises:
+        ValueError: If a ``Resize`` cannot be exported exactly.
+    """
+    if isinstance(transform, Compose):
+        return nn.Sequential(*map(exportable, transform.transforms))
+    if isinstance(transform, CenterCrop):
+        return ExportableCenterCrop(size=transform.size)
+    if isinstance(transform, Resize):
+        bilinear = InterpolationMode(transform.interpolation) == InterpolationMode.BILINEAR  # newer torchvisions: a str
+        if len(transform.size) != 2 or not bilinear or not transform.antialias:
+            msg = f"export needs Resize((height, width)), bilinear and antialiased, got {transform}"
+            raise ValueError(msg)
+        return ExactResize(tuple(transform.size))
+    return copy.deepcopy(transform)
+
+
+class ExactPreProcessor(PreProcessor):
+    """anomalib's pre-processor whose exported form gives the scores of the original.
+
+    anomalib's own turns antialiasing off on export, which changes the score of every image that is really reduced
+    (its issues 2448, 2672, 2686, 2747, 3726).
+    """
+
+    def __init__(self, transform: Transform | None = None) -> None:
+        super().__init__(transform)
+        self.export_transform = exportable(transform) if transform else None
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore the transform that :meth:`checkpoint_config` described."""
+        super().load_checkpoint_config(config)
+        self.export_transform = exportable(self.transform) if self.transform else None
+
+
+class EvaluationPreProcessing(Callback):
+    """Runs a pre-processor on validation, test and prediction batches, but not on training batches.
+
+    Args:
+        pre_processor: The one to run.
+    """
+
+    def __init__(self, pre_processor: PreProcessor) -> None:
+        self.on_validation_batch_start = pre_processor.on_validation_batch_start
+        self.on_test_batch_start = pre_processor.on_test_batch_start
+        self.on_predict_batch_start = pre_processor.on_predict_batch_start

@@ -1,0 +1,79 @@
+"""The foreign textures that textural defects are made of."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as TF
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+def load_textures(folder: str | Path, count: int, size: int, generator: Generator | None = None) -> Tensor:
+    """Read photographs of textures, such as the Describable Textures Dataset.
+
+    Args:
+        folder: Holds the photographs, in subfolders of any depth.
+        count: At most so many are read, drawn at random if there are more: the bank stays in memory.
+        size: They are resized so that the shorter side is this long, and cropped to a square.
+        generator: Source of randomness.
+
+    Returns:
+        ``(T, 3, size, size)`` uint8.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or holds no photograph.
+        ValueError: If a photograph cannot be read.
+    """
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES) if Path(folder).is_dir() else []
+    if not files:
+        msg = f"dtd_dir: no photographs ({', '.join(sorted(SUFFIXES))}) below {folder}"
+        raise FileNotFoundError(msg)
+    chosen = torch.randperm(len(files), generator=generator)[:count].tolist()
+    return torch.stack([read_texture(files[i], size) for i in chosen])
+
+
+def read_texture(file: Path, size: int) -> Tensor:
+    """One photograph as ``(3, size, size)`` uint8.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        photograph = decode_image(str(file), ImageReadMode.RGB)
+    except RuntimeError as error:
+        msg = f"dtd_dir: {file} cannot be read as an image; remove it or replace it"
+        raise ValueError(msg) from error
+    return TF.center_crop(TF.resize(photograph, [size], antialias=True), [size])
+
+
+def builtin_textures(count: int, size: int, generator: Generator | None = None) -> Tensor:
+    """Textures that need no download: coloured noise of random grain, direction and contrast.
+
+    Args:
+        count: T, how many.
+        size: Height and width in pixels.
+        generator: Source of randomness.
+
+    Returns:
+        ``(T, 3, size, size)`` uint8.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+    fy, fx = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None, :]
+    direction = uniform(0, math.pi, 1, 1)
+    along, across = fx * direction.cos() + fy * direction.sin(), fy * direction.cos() - fx * direction.sin()
+    radius = (along**2 + (across * uniform(1, 6, 1, 1)) ** 2).sqrt().clamp(min=1 / size)
+    amplitude = radius ** -uniform(0.5, 2.5, 1, 1)  # from fine grain to smooth clouds
+    amplitude[:, 0, 0] = 0  # the mean is set by the colours
+    noise = torch.randn(count, 2, size, size, generator=generator)
+    layers = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude[:, None], s=(size, size))
+    layers = layers / layers.std(dim=(2, 3), keepdim=True)
+    colours = uniform(-0.25, 0.25, 2, 1) + uniform(-0.1, 0.1, 2, 3)  # mostly grey, as surfaces are
+    base = uniform(0.2, 0.8, 1) + uniform(-0.15, 0.15, 3)
+    textures = base[:, :, None, None] + torch.einsum("tlhw,tlc->tchw", layers, colours)
+    return (255 * textures.clamp(0, 1)).to(torch.uint8)

@@ -1,0 +1,154 @@
+"""The CSE network: frozen features, a small embedder and the distance to the centres (Sections 3.2 and 3.5)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .backbone import FrozenBackbone
+
+
+def pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
+    """A 1x1 convolution followed by ReLU and BatchNorm (Section 3.2)."""
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=1), nn.ReLU(), nn.BatchNorm2d(out_channels))
+
+
+def fuse(features: Sequence[Tensor]) -> Tensor:
+    """Upsample all maps to the largest one and concatenate them: ``(B, C1 + C2 + ..., H, W)`` (Section 3.2)."""
+    size = max((f.shape[-2:] for f in features), key=lambda s: s[0] * s[1])
+    return torch.cat([f if f.shape[-2:] == size else F.interpolate(f, size=size, mode="bilinear") for f in features], dim=1)
+
+
+class Embedder(nn.Sequential):
+    """Three pointwise convolutions ``C -> C/2 -> C/4 -> D`` over the fused features (Section 3.2).
+
+    Args:
+        in_channels: Channels of all layers together.
+        embedding_dim: D, the channels of the embedding.
+    """
+
+    def __init__(self, in_channels: int, embedding_dim: int = 64) -> None:
+        half, quarter = max(1, in_channels // 2), max(1, in_channels // 4)
+        super().__init__(pointwise(in_channels, half), pointwise(half, quarter), pointwise(quarter, embedding_dim))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """The embedding before pooling ``(B, D, H, W)``, at the size of the largest feature map."""
+        return super().forward(fuse(features))
+
+
+class Decoder(nn.Module):
+    """One head of pointwise convolutions ``D -> C/2 -> C`` per layer, back to the features (Section 3.4, Figure 4).
+
+    Args:
+        channels: Channels C of every feature layer.
+        embedding_dim: D, the channels of the embedding.
+    """
+
+    def __init__(self, channels: Sequence[int], embedding_dim: int = 64) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.ModuleList([pointwise(embedding_dim, max(1, c // 2)), pointwise(max(1, c // 2), c)]) for c in channels
+        )
+
+    def forward(self, embedding: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
+        """Reconstructions of the features.
+
+        Args:
+            embedding: The embedding before pooling ``(B, D, H, W)``.
+            sizes: Height and width of every layer's features; a coarser layer is max-pooled inside its head.
+
+        Returns:
+            One ``(B, C, h, w)`` per layer.
+        """
+        return [
+            last(F.adaptive_max_pool2d(first(embedding), size))
+            for (first, last), size in zip(self.heads, sizes, strict=True)
+        ]
+
+
+def pool(embedding: Tensor, size: int) -> Tensor:
+    """Average pooling as smoothing (Section 3.2); a window over the lower or right edge averages what it covers."""
+    return F.avg_pool2d(embedding, size, ceil_mode=True, count_include_pad=False) if size > 1 else embedding
+
+
+def cosine_distances(embedding: Tensor, centres: Tensor) -> Tensor:
+    """``1 - cos`` between every position and every centre (Section 3.5).
+
+    Args:
+        embedding: ``(B, D, H, W)``.
+        centres: Unit vectors ``(K, D)``.
+
+    Returns:
+        ``(B, K, H, W)`` in [0, 2].
+    """
+    return 1 - F.conv2d(F.normalize(embedding, dim=1), centres[:, :, None, None])
+
+
+class CseModel(nn.Module):
+    """Scores images by the distance of their embeddings to those of defect-free ones; needs no Trainer.
+
+    ``forward`` changes nothing. What it uses is in ``state_dict``: the backbone, the embedder and ``centres``, unit
+    vectors ``(K, D)`` that are NaN until :meth:`set_centres`.
+
+    Args:
+        backbone, layers, pre_trained, weights: See :class:`~anomalib_cse.backbone.FrozenBackbone`.
+        embedding_dim: D, the channels of the embedding (the paper's 64).
+        pool_size: Window and stride of the average pooling (the paper's 2); 1 for none.
+        num_centres: K (1 in all of the paper's results).
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    centres: Tensor
+
+    def __init__(
+        self,
+        backbone: str = "efficientnet_b3",
+        layers: Sequence[int] | Sequence[str] = (3, 4),
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        embedding_dim: int = 64,
+        pool_size: int = 2,
+        num_centres: int = 1,
+    ) -> None:
+        super().__init__()
+        for name, value in {"embedding_dim": embedding_dim, "pool_size": pool_size, "num_centres": num_centres}.items():
+            if value < 1:
+                msg = f"{name} must be at least 1, got {value}"
+                raise ValueError(msg)
+        self.pool_size = pool_size
+        self.backbone = FrozenBackbone(backbone, layers, pre_trained, weights)
+        self.embedder = Embedder(sum(self.backbone.channels), embedding_dim)
+        self.register_buffer("centres", torch.full((num_centres, embedding_dim), torch.nan))
+
+    def set_centres(self, centres: Tensor) -> None:
+        """Keep ``centres`` ``(K, D)``, of any length, as unit vectors."""
+        self.centres.copy_(F.normalize(centres, dim=1))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Pooled embeddings ``(B, D, h, w)`` of images ``(B, 3, H, W)`` in [0, 1]."""
+        return pool(self.embedder(self.backbone(images)), self.pool_size)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score images (Section 3.5).
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1], of any size that the backbone takes.
+
+        Returns:
+            ``pred_score`` ``(B,)``: the mean distance over positions, at the closest centre; ``anomaly_map``
+            ``(B, 1, H, W)``: every position's distance to its closest centre, upsampled. Both in [0, 2].
+
+        Raises:
+            RuntimeError: If the centres have not been set.
+        """
+        if not torch.compiler.is_compiling() and self.centres.isnan().any():
+            msg = "the centres are not fitted: train the model, load a trained checkpoint or call set_centres"
+            raise RuntimeError(msg)
+        distances = cosine_distances(self.embed(images), self.centres)  # (B, K, h, w)
+        anomaly_map = F.interpolate(distances.amin(1, keepdim=True), size=images.shape[-2:], mode="bilinear")
+        return InferenceBatch(pred_score=distances.mean(dim=(2, 3)).amin(1), anomaly_map=anomaly_map)

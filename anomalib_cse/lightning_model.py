@@ -78,6 +78,7 @@ class Cse(AnomalibModule):
         ValueError: If an argument is outside its range.
     """
 
+    model: CseModel
     best_loss: Tensor
 
     def __init__(
@@ -113,7 +114,11 @@ class Cse(AnomalibModule):
         if not defects or not set(defects) <= set(KINDS):
             msg = f"defects must be some of {KINDS}, got {defects}"
             raise ValueError(msg)
-        for name, value in {"contrast_weight": contrast_weight, "learning_rate": learning_rate, "batch_size": batch_size}.items():
+        for name, value in {
+            "contrast_weight": contrast_weight,
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+        }.items():
             if value <= 0:
                 msg = f"{name} must be above 0, got {value}"
                 raise ValueError(msg)
@@ -148,8 +153,8 @@ class Cse(AnomalibModule):
             self.embedder = Embedder(sum(channels), embedding_dim)
             self.decoder = Decoder(channels, embedding_dim) if decoder != "none" else None
         self.model.requires_grad_(requires_grad=False)
-        if decoder == "random":
-            self.decoder.requires_grad_(requires_grad=False)
+        if self.decoder is not None:
+            self.decoder.requires_grad_(decoder == "joint")
         self.loss = CseLoss(contrast_weight)
         self.register_buffer("best_loss", torch.tensor(torch.inf))
         self._data: TrainingData | None = None  # while fitting
@@ -195,26 +200,27 @@ class Cse(AnomalibModule):
 
     @property
     def trainer(self) -> pl.Trainer:
-        """The trainer. One that is to fit and was given no end stops after the paper's 100 epochs, not Lightning's 1000."""
+        """The trainer; to fit without an end being set means the paper's 100 epochs, not Lightning's 1000."""
         return super().trainer
 
     @trainer.setter
     def trainer(self, trainer: pl.Trainer | None) -> None:
-        pl.LightningModule.trainer.fset(self, trainer)
+        pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if (
             trainer is not None
             and trainer.state.fn == TrainerFn.FITTING
             and trainer.max_epochs is None
             and trainer.max_steps == -1
-            and not any(isinstance(callback, Timer) for callback in trainer.callbacks)
+            and not any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         ):
             trainer.fit_loop.max_epochs = DEFAULT_EPOCHS
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """anomalib's, but training images are pre-processed where they are read, so not once more per batch."""
+        callbacks = super().configure_callbacks()
         return [
-            EvaluationPreProcessing(self.pre_processor) if callback is self.pre_processor else callback
-            for callback in super().configure_callbacks()
+            EvaluationPreProcessing(callback) if isinstance(callback, PreProcessor) else callback
+            for callback in (callbacks if isinstance(callbacks, Sequence) else [callbacks])
         ]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -293,24 +299,22 @@ class Cse(AnomalibModule):
 
     def on_fit_start(self) -> None:
         """Train the decoder beforehand, if that is its mode and training is not being resumed."""
-        if self.decoder_mode == "pretrained":
-            if self.trainer.ckpt_path is None:
-                self.pretrain_decoder()
-            self.decoder.requires_grad_(requires_grad=False)
+        if self.decoder_mode == "pretrained" and self.decoder is not None and self.trainer.ckpt_path is None:
+            self.pretrain(self.decoder)
 
-    def pretrain_decoder(self) -> None:
-        """Train the decoder, with an embedder that is thrown away, on the decoder loss alone (Section 5.2)."""
+    def pretrain(self, decoder: Decoder) -> None:
+        """Train a decoder, with an embedder that is thrown away, on the decoder loss alone (Section 5.2)."""
         embedder = copy.deepcopy(self.embedder)
-        self.decoder.requires_grad_().train()
-        optimizer = Adam([*embedder.parameters(), *self.decoder.parameters()], lr=self.learning_rate)
+        decoder.requires_grad_().train()
+        optimizer = Adam([*embedder.parameters(), *decoder.parameters()], lr=self.learning_rate)
         for epoch in track(range(DECODER_EPOCHS), description="Training the decoder"):
             for features in self.data.features(epoch):
                 embedding = embedder(features)
-                loss = decoder_loss(features, self.decoder(embedding, [f.shape[-2:] for f in features]))
+                loss = decoder_loss(features, decoder(embedding, [f.shape[-2:] for f in features]))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        self.decoder.eval()
+        decoder.requires_grad_(requires_grad=False).eval()
 
     def pair_loss(self, first: list[Tensor], second: list[Tensor], corrupt: Tensor) -> Tensor:
         """The total loss (Eq. 6) of pairs given by their features.

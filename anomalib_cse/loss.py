@@ -58,7 +58,8 @@ def feature_reconstruction_loss(features: Tensor, reconstruction: Tensor) -> Ten
         ValueError: If the shapes differ.
     """
     if features.shape != reconstruction.shape:
-        msg = f"a reconstruction must be shaped like its features {tuple(features.shape)}, got {tuple(reconstruction.shape)}"
+        shapes = tuple(features.shape), tuple(reconstruction.shape)
+        msg = f"a reconstruction must have the shape of its features {shapes[0]}, got {shapes[1]}"
         raise ValueError(msg)
     difference = F.normalize(features, dim=1) - F.normalize(reconstruction, dim=1)
     return 0.5 * difference.square().sum(dim=1).mean()
@@ -74,7 +75,9 @@ def decoder_loss(features: Sequence[Tensor], reconstructions: Sequence[Tensor]) 
     Returns:
         The mean over layers, in [0, 2].
     """
-    return torch.stack([feature_reconstruction_loss(f, r) for f, r in zip(features, reconstructions, strict=True)]).mean()
+    return torch.stack(
+        [feature_reconstruction_loss(f, r) for f, r in zip(features, reconstructions, strict=True)]
+    ).mean()
 
 
 class CseLoss(nn.Module):

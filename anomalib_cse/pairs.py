@@ -24,22 +24,22 @@ class PairBatch(NamedTuple):
         corrupt: Whether the second is to be corrupted, ``(B,)`` bool.
         rows: Those pairs in which it is, a list, so that choosing them does not wait for a device.
         images: The images that had to be read: both of every pair ``(B, 2, 3, H, W)``, the corrupted ones alone
-            ``(len(rows), 3, H, W)``, or ``None`` if all are in memory.
+            ``(len(rows), 3, H, W)``, or ``(0,)`` if all are in memory.
     """
 
     first: Tensor
     second: Tensor
     corrupt: Tensor
     rows: list[int]
-    images: Tensor | None
+    images: Tensor
 
 
 def generator_for(*seeds: int) -> Generator:
     """A generator on the CPU that the numbers determine, so that no state needs to be kept or restored."""
     state = 0
     for seed in seeds:
-        state = torch.randint(2**62, (), generator=Generator().manual_seed(state ^ seed)).item()
-    return Generator().manual_seed(int(state))
+        state = int(torch.randint(2**62, (), generator=Generator().manual_seed(state ^ seed)))
+    return Generator().manual_seed(state)
 
 
 class PairSampler(DistributedSampler):
@@ -62,11 +62,11 @@ class PairSampler(DistributedSampler):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        super().__init__(indices, num_replicas, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]  # a length will do
+        super().__init__(indices, num_replicas, rank, shuffle=True, seed=seed)
         self.indices = indices
         self.corrupt_probability = corrupt_probability
 
-    def __iter__(self) -> Iterator[Pair]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Pair]:
         """Draw this epoch's pairs and go through this process's share of them."""
         generator = generator_for(self.seed, self.epoch)
         count = len(self.indices)
@@ -105,7 +105,7 @@ def collate_pairs(items: Sequence[tuple[Pair, Tensor | None]]) -> PairBatch:
         torch.tensor(second),
         torch.tensor(corrupt),
         [row for row, is_corrupt in enumerate(corrupt) if is_corrupt],
-        torch.stack(images) if images else None,
+        torch.stack(images) if images else torch.empty(0),
     )
 
 

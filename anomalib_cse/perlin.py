@@ -1,7 +1,6 @@
 """Perlin noise masks for a whole batch at once (Section 3.1)."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor

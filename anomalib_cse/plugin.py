@@ -9,7 +9,7 @@ import sys
 
 PACKAGES = {
     "anomalib.models": {"Cse": "anomalib_cse.lightning_model"},
-    "anomalib.data": {"MVTec": "anomalib_cse.datamodules", "SurfaceDemo": "anomalib_cse.datamodules"},
+    "anomalib.data": {"MVTec": "anomalib_cse.datamodules", "SurfaceDemo": "anomalib_cse.demo"},
 }
 
 
@@ -24,13 +24,10 @@ class RegistrationFinder:
         for finder in sys.meta_path:
             spec = None if finder is RegistrationFinder else finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
-                execute = spec.loader.exec_module
-
-                def exec_module(module) -> None:  # noqa: ANN001
-                    execute(module)
-                    register(module)
-
-                spec.loader.exec_module = exec_module
+                spec.loader.exec_module = lambda module, execute=spec.loader.exec_module: (
+                    execute(module),
+                    register(module),
+                )
                 return spec
         return None
 

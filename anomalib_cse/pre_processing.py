@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from anomalib.data.transforms import ExportableCenterCrop
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
 
@@ -21,7 +21,7 @@ def resize_matrix(in_size: int, out_size: int, device: torch.device | None = Non
     centre = (2 * torch.arange(out_size, device=device) + 1) * in_size  # 2 m times the centre of output i
     sample = (2 * torch.arange(in_size, device=device) + 1) * out_size  # 2 m times the centre of input j
     half_width = 2 * torch.sym_max(in_size, out_size)
-    weights = (half_width - (sample[None] - centre[:, None]).abs()).clamp(min=0)
+    weights = (half_width - (sample[None] - centre[:, None]).abs()).clamp(min=0)  # type: ignore[union-attr]
     return weights / weights.sum(dim=1, keepdim=True)
 
 
@@ -87,6 +87,23 @@ class EvaluationPreProcessing(Callback):
     """
 
     def __init__(self, pre_processor: PreProcessor) -> None:
-        self.on_validation_batch_start = pre_processor.on_validation_batch_start
-        self.on_test_batch_start = pre_processor.on_test_batch_start
-        self.on_predict_batch_start = pre_processor.on_predict_batch_start
+        self.pre_processor = pre_processor
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Transform a validation batch."""
+        del dataloader_idx
+        self.pre_processor.on_validation_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Transform a test batch."""
+        self.pre_processor.on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Transform a prediction batch."""
+        self.pre_processor.on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)

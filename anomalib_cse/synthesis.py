@@ -66,7 +66,7 @@ class SynthesisParams:
         """The same parameters on ``device``."""
         return SynthesisParams(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
-    def __getitem__(self, rows: Any) -> "SynthesisParams":  # noqa: ANN401
+    def __getitem__(self, rows: Any) -> "SynthesisParams":
         """The parameters of some of the images."""
         return SynthesisParams(*(getattr(self, f.name)[rows] for f in fields(self)))
 
@@ -168,10 +168,11 @@ TEXTURAL_OPERATIONS: dict[str, Operation] = {
     "sharpen": sharpen,
     "hue_and_saturation": shift_colour,
     "solarise": lambda images, p: torch.where(images >= per_image(p.solarise), 1 - images, images),
-    "posterise": lambda images, p: (images * per_image(p.levels)).floor().clamp(max=per_image(p.levels) - 1)
-    / per_image(p.levels),
-    "invert": lambda images, p: 1 - images,
-    "autocontrast": lambda images, p: TF.autocontrast(images),
+    "posterise": lambda images, p: (
+        (images * per_image(p.levels)).floor().clamp(max=per_image(p.levels) - 1) / per_image(p.levels)
+    ),
+    "invert": lambda images, _: 1 - images,
+    "autocontrast": lambda images, _: TF.autocontrast(images),
     "equalise": equalise,
 }
 

@@ -19,7 +19,9 @@ def pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
 def fuse(features: Sequence[Tensor]) -> Tensor:
     """Upsample all maps to the largest one and concatenate them: ``(B, C1 + C2 + ..., H, W)`` (Section 3.2)."""
     size = max((f.shape[-2:] for f in features), key=lambda s: s[0] * s[1])
-    return torch.cat([f if f.shape[-2:] == size else F.interpolate(f, size=size, mode="bilinear") for f in features], dim=1)
+    return torch.cat(
+        [f if f.shape[-2:] == size else F.interpolate(f, size=size, mode="bilinear") for f in features], dim=1
+    )
 
 
 class Embedder(nn.Sequential):
@@ -49,9 +51,8 @@ class Decoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], embedding_dim: int = 64) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(
-            nn.ModuleList([pointwise(embedding_dim, max(1, c // 2)), pointwise(max(1, c // 2), c)]) for c in channels
-        )
+        self.first = nn.ModuleList(pointwise(embedding_dim, max(1, c // 2)) for c in channels)
+        self.last = nn.ModuleList(pointwise(max(1, c // 2), c) for c in channels)
 
     def forward(self, embedding: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
         """Reconstructions of the features.
@@ -63,10 +64,8 @@ class Decoder(nn.Module):
         Returns:
             One ``(B, C, h, w)`` per layer.
         """
-        return [
-            last(F.adaptive_max_pool2d(first(embedding), size))
-            for (first, last), size in zip(self.heads, sizes, strict=True)
-        ]
+        heads = zip(self.first, self.last, sizes, strict=True)
+        return [last(F.adaptive_max_pool2d(first(embedding), size)) for first, last, size in heads]
 
 
 def pool(embedding: Tensor, size: int) -> Tensor:

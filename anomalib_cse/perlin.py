@@ -7,6 +7,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 MAX_LATTICE = 32
+MIN_CELL = 4  # pixels; a finer lattice would be sampled at its zeros
 MIN_AREA = 100 / 224**2  # of the image, the method's 100 pixels at 224x224
 
 
@@ -84,7 +85,8 @@ def perlin_masks(
         count: B, how many.
         size: Height and width in pixels.
         generator: Source of randomness, which also sets the device.
-        max_exponent: The lattice has 2^i by 2^j cells with i and j uniform in 0..max_exponent, at most 5.
+        max_exponent: The lattice has 2^i by 2^j cells with i and j uniform in 0..max_exponent, at most 5, and less in
+            small images, where cells would have fewer than 4 pixels a side.
         max_angle: Rotation is uniform within plus and minus this many degrees.
         threshold: The mask is where the noise exceeds it.
 
@@ -92,11 +94,13 @@ def perlin_masks(
         ``(B, 1, H, W)`` bool.
     """
     device = generator.device if generator else None
+    largest = [min(max_exponent, int(math.log2(max(1, pixels // MIN_CELL)))) for pixels in size]
     masks = torch.zeros(count, 1, *size, dtype=torch.bool, device=device)
     missing = torch.arange(count, device=device)
     while len(missing):
         n = len(missing)
-        cells = 2 ** torch.randint(0, max_exponent + 1, (n, 2), generator=generator, device=device)
+        exponents = [torch.randint(0, e + 1, (n,), generator=generator, device=device) for e in largest]
+        cells = 2 ** torch.stack(exponents, dim=1)
         angles = 2 * math.pi * torch.rand(n, MAX_LATTICE + 1, MAX_LATTICE + 1, generator=generator, device=device)
         degrees = max_angle * (2 * torch.rand(n, generator=generator, device=device) - 1)
         noise = rotate(perlin_noise(size, cells, angles)[:, None], degrees)

@@ -387,14 +387,14 @@ class AnomalySynthesis(v2.Transform):
             if not len(rows):
                 continue
             at = rows.to(images.device, non_blocking=True)
-            drawn, p, chosen = params.operations[rows].cpu(), params[rows].to(images.device), images[at]
+            drawn, p, chosen = params.operations[rows].cpu(), params[rows].to(images.device), images[at].float()
             if kind == "structural":
                 source = structural(chosen, drawn, p)
             elif kind == "textural":
                 source = textural(self.textures, drawn, p, images.shape[-2:])
             else:
                 source = gaussian_blur(chosen, p.kernel_size, self.sigma)
-            corrupted[at] = torch.where(p.mask, source.to(images.dtype), chosen)
+            corrupted[at] = torch.where(p.mask, source, chosen).to(images.dtype)
         return corrupted
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:

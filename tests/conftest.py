@@ -1,0 +1,45 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def mvtec_root(tmp_path_factory):
+    """A dataset in MVTec AD's layout: grey noise, defects are white squares."""
+    root = tmp_path_factory.mktemp("mvtec")
+    rng = np.random.default_rng(0)
+
+    def write(image, *parts):
+        path = root.joinpath("tiny", *parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), image)
+
+    for split, count in (("train", 10), ("test", 4)):
+        for number in range(count):
+            write(rng.integers(90, 110, (72, 96, 3), dtype=np.uint8), split, "good", f"{number:03}.png")
+    for number in range(4):
+        image, mask = rng.integers(90, 110, (72, 96, 3), dtype=np.uint8), np.zeros((72, 96), np.uint8)
+        image[20:50, 30:60], mask[20:50, 30:60] = 255, 255
+        write(image, "test", "square", f"{number:03}.png")
+        write(mask, "ground_truth", "square", f"{number:03}_mask.png")
+    return root
+
+
+@pytest.fixture
+def texture_folder(tmp_path):
+    folder = tmp_path / "dtd" / "images" / "striped"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        cv2.imwrite(str(folder / f"{number}.jpg"), np.full((40, 50, 3), 60 * number, np.uint8))
+    return tmp_path / "dtd"

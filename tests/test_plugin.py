@@ -1,0 +1,122 @@
+"""Registration, in interpreters of its own: it must work without any import by the user."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+TINY = "backbone='test_efficientnet', layers=(2, 3), pre_trained=False"
+
+
+def python(code, *options, **environment):
+    run = subprocess.run(
+        [sys.executable, *options, "-W", "ignore::FutureWarning", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip().splitlines()
+
+
+def test_the_hook_is_installed_with_the_package():
+    assert (Path(sysconfig.get_paths()["purelib"]) / "anomalib_cse.pth").is_file()
+
+
+def test_anomalib_knows_the_model_without_an_import():
+    code = f"""
+from anomalib.models import get_model, list_models
+import anomalib.data, anomalib.models
+print("cse" in list_models())
+print(type(get_model("cse", {TINY})).__module__)
+print(type(get_model({{"class_path": "Cse", "init_args": dict({TINY})}})).__name__)
+print(type(get_model({{"class_path": "anomalib.models.Cse"}}, {TINY})).__name__)
+print(issubclass(anomalib.data.MVTec, anomalib.data.MVTecAD))
+print(anomalib.data.get_datamodule({{"class_path": "MVTec", "init_args": {{"category": "grid"}}}}).category)
+"""
+    assert python(code) == ["True", "anomalib_cse.lightning_model", "Cse", "Cse", "True", "grid"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import anomalib_cse; anomalib_cse.Cse",
+        "from anomalib_cse.lightning_model import Cse",
+        "from anomalib_cse.demo import SurfaceDemo",
+        "import anomalib.data",
+        "from anomalib.engine import Engine",
+    ],
+)
+def test_any_order_of_imports(first):
+    code = f"{first}\nimport anomalib.models as m, anomalib.data as d\nprint(m.Cse.__name__, d.MVTec.__name__)"
+    assert python(code) == ["Cse MVTec"]
+
+
+def test_starting_up_imports_nothing_heavy():
+    before = set(python("import sys; print(*sorted(sys.modules), sep='\\n')", ANOMALIB_CSE_AUTOLOAD="0"))
+    after = set(python("import sys; print(*sorted(sys.modules), sep='\\n')"))
+    assert after - before == {"anomalib_cse", "anomalib_cse.plugin"}
+
+
+def test_an_environment_variable_turns_it_off():
+    code = "import sys, anomalib.models as m; print(hasattr(m, 'Cse'), 'anomalib_cse' in sys.modules)"
+    assert python(code, ANOMALIB_CSE_AUTOLOAD="0") == ["False False"]
+    code = "import anomalib_cse.plugin as p; p.install(); import anomalib.models as m; print(m.Cse.__name__)"
+    assert python(code, ANOMALIB_CSE_AUTOLOAD="0") == ["Cse"]
+    code = "import anomalib.models as m; import anomalib_cse.plugin as p; p.install(); print(m.Cse.__name__)"
+    assert python(code, ANOMALIB_CSE_AUTOLOAD="0") == ["Cse"]
+
+
+def test_other_programs_survive_a_broken_or_absent_anomalib(tmp_path):
+    assert python("import json; print(json.dumps(1))", "-S") == ["1"]
+    broken = tmp_path / "anomalib" / "models"
+    broken.mkdir(parents=True)
+    (tmp_path / "anomalib" / "__init__.py").touch()
+    (broken / "__init__.py").write_text("class AnomalibModule: pass\n")
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import anomalib.models
+print(anomalib.models.AnomalibModule.__name__, "cannot be registered" in str(caught[-1].message))
+"""
+    assert python(code, PYTHONPATH=str(tmp_path)) == ["AnomalibModule True"]
+    (broken / "__init__.py").write_text("raise RuntimeError('broken')\n")
+    code = "try:\n import anomalib.models\nexcept RuntimeError as e: print(e)"
+    assert python(code, PYTHONPATH=str(tmp_path)) == ["broken"]
+
+
+def test_public_names():
+    import anomalib_cse
+
+    assert anomalib_cse.__all__ == ["AnomalySynthesis", "Cse", "CseModel"]
+    assert dir(anomalib_cse) == anomalib_cse.__all__
+    assert [getattr(anomalib_cse, name).__name__ for name in anomalib_cse.__all__] == anomalib_cse.__all__
+    with pytest.raises(AttributeError, match="no attribute 'Csee'"):
+        anomalib_cse.Csee  # noqa: B018
+
+
+def test_arrows_point_one_way():
+    import ast
+
+    import anomalib_cse
+
+    def imported(module):
+        source = Path(anomalib_cse.__file__).with_name(f"{module}.py").read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield node.module.split(".")[0] if node.level == 0 else f".{node.module}"
+
+    library = {"torch", "torchvision", ".perlin", ".colour"}
+    for module in ("loss", "synthesis", "perlin", "colour", "textures"):
+        assert {m for m in imported(module) if m not in sys.stdlib_module_names} <= library
+    assert set(imported("plugin")) <= {"sys", "importlib", "warnings"}
+    assert {m for m in imported("torch_model") if m.startswith(".")} == {".backbone"}
+    assert not {"lightning", "sklearn"} & {*imported("torch_model"), *imported("backbone")}

@@ -1,0 +1,171 @@
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from anomalib_cse.pairs import PairSampler, generator_for
+from anomalib_cse.synthesis import AnomalySynthesis
+from anomalib_cse.training_data import TrainingData
+
+DEVICE = torch.device("cpu")
+
+
+class Item:
+    def __init__(self, image):
+        self.image = image
+
+
+class Images(torch.utils.data.Dataset):
+    """Images of one grey value each, so that an index can be read off any image."""
+
+    def __init__(self, count):
+        self.count = count
+        self.reads = 0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return Item(torch.full((3, 32, 32), index / self.count))
+
+
+def extract(images):
+    """Stands for the backbone: something that depends on every pixel."""
+    return [torch.nn.functional.avg_pool2d(images, 4)]
+
+
+def training_data(count=20, load=True, **options):
+    synthesis = AnomalySynthesis(torch.full((2, 3, 32, 32), 255, dtype=torch.uint8))
+    loader = DataLoader(Images(count), batch_size=6)
+    data = TrainingData(loader, None, synthesis=synthesis, **{"batch_size": 4, **options})
+    if load:
+        data.load(extract, DEVICE)
+    return data
+
+
+def test_pairs_of_an_epoch():
+    sampler = PairSampler(range(100, 1100), seed=3)
+    pairs = list(sampler)
+    assert sorted(p.first for p in pairs) == list(range(100, 1100))
+    assert all(100 <= p.second < 1100 for p in pairs)
+    assert abs(sum(p.corrupt for p in pairs) - 500) < 3 * 250**0.5
+    assert 400 < len({p.second for p in pairs}) < 800  # with replacement: 632 expected
+    assert pairs == list(sampler)
+    sampler.set_epoch(1)
+    assert pairs != list(sampler)
+    assert not any(p.corrupt for p in PairSampler(range(100), seed=3, corrupt_probability=0.0))
+
+
+def test_processes_share_the_pairs():
+    whole = set(PairSampler(range(10), seed=5))
+    shares = [list(PairSampler(range(10), seed=5, num_replicas=3, rank=rank)) for rank in range(3)]
+    assert {len(share) for share in shares} == {4}
+    assert set().union(*shares) == whole
+
+
+def test_generators_are_independent_streams():
+    drawn = {torch.randint(2**60, (), generator=generator_for(*s)).item() for s in [(0, 1), (1, 0), (0, 0), (1,), (0,)]}
+    assert len(drawn) == 5
+    assert torch.equal(torch.rand(3, generator=generator_for(4, 2)), torch.rand(3, generator=generator_for(4, 2)))
+
+
+def test_the_hold_out_is_a_share_of_the_images():
+    data = training_data(holdout_ratio=0.3, seed=1)
+    assert len(data.holdout) == 6
+    assert sorted(data.holdout + data.training) == list(range(20))
+    assert training_data(seed=1).holdout == data.holdout
+    assert training_data(seed=2).holdout != data.holdout
+    assert training_data(holdout_ratio=0).holdout == []
+
+
+def grey_values(pixels):
+    return (pixels * 20).round().long().flatten()
+
+
+def batches(data):
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(2)
+    for step, batch in enumerate(loader):
+        yield batch, data.pair_features(batch, step)
+
+
+FEATURES_ONLY = 4 * (3 * 8 * 8) * (20 + 64 + 2) + 100
+
+
+@pytest.mark.parametrize("budget", [0, FEATURES_ONLY, 2**30])
+def test_features_are_those_of_the_pairs(budget):
+    data = training_data(memory_budget=budget)
+    data.synthesis = AnomalySynthesis(torch.full((2, 3, 32, 32), 255, dtype=torch.uint8), kinds=["textural"])
+    assert data.needs == {0: "both", FEATURES_ONLY: "corrupted", 2**30: "none"}[budget]
+    firsts = []
+    for batch, ([first], [second], corrupt) in batches(data):
+        assert torch.equal(grey_values(first[:, 0, 0, 0]), batch.first)
+        clean = ~batch.corrupt
+        assert torch.equal(grey_values(second[clean][:, 0, 0, 0]), batch.second[clean])
+        assert torch.equal(corrupt, batch.corrupt)
+        assert batch.corrupt.nonzero().flatten().tolist() == batch.rows
+        for row in batch.rows:  # most pixels are still those of the second image
+            assert grey_values(second[row]).mode().values == batch.second[row]
+            assert second[row].std() > 0
+        firsts += batch.first.tolist()
+    assert sorted(firsts) == data.training
+
+
+def test_memory_does_not_change_the_features():
+    for other in (FEATURES_ONLY, 2**30):
+        for (_, without), (_, with_memory) in zip(
+            batches(training_data(memory_budget=0)), batches(training_data(memory_budget=other)), strict=True
+        ):
+            for a, b in zip((*without[0], *without[1]), (*with_memory[0], *with_memory[1]), strict=True):
+                assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+def test_hold_out_pairs_are_the_same_every_epoch(budget):
+    data = training_data(memory_budget=budget)
+    first, again = list(data.holdout_features()), list(data.holdout_features())
+    assert sum(len(corrupt) for *_, corrupt in first) >= 64
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a[1][0], b[1][0])
+    members = {index for a in first for index in grey_values(a[0][0][:, 0, 0, 0]).tolist()}
+    assert members == set(data.holdout)
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+def test_clean_features_of_all_images(budget):
+    data = training_data(memory_budget=budget)
+    in_order = torch.cat([layer for [layer] in data.features()])
+    assert grey_values(in_order[:, 0, 0, 0]).tolist() == list(range(20))
+    shuffled = grey_values(torch.cat([layer for [layer] in data.features(epoch=1)])[:, 0, 0, 0]).tolist()
+    assert sorted(shuffled) == list(range(20))
+    assert shuffled != list(range(20))
+
+
+def test_no_file_is_read_twice_where_the_budget_allows():
+    data = training_data()
+    for _ in range(3):
+        list(batches(data))
+        list(data.holdout_features())
+        list(data.features())
+    assert data.loader.dataset.reads == 20
+
+
+def test_half_precision():
+    data = training_data(memory_dtype=torch.float16)
+    assert data.kept_images.dtype == torch.float16
+    for _, ([first], _, _) in batches(data):
+        assert first.dtype == torch.float32
+
+
+def test_the_global_random_state_is_left_alone():
+    state = torch.get_rng_state()
+    data = training_data()
+    data.pair_features(next(iter(data.read_pairs(data.holdout_pairs()))), 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_cannot_be_trained_with():
+    with pytest.raises(ValueError, match="1 training images are too few to hold out 1"):
+        training_data(1)
+    with pytest.raises(TypeError, match="one DataLoader"):
+        TrainingData([1, 2, 3], None, synthesis=None)

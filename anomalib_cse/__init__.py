@@ -1,8 +1,6 @@
 """CSE, surface anomaly detection with contrastively selected embedding, as a model of anomalib."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # not imported: this package is touched at every start of the interpreter
 if TYPE_CHECKING:
     from .lightning_model import Cse
     from .synthesis import AnomalySynthesis
@@ -13,8 +11,10 @@ __all__ = ["AnomalySynthesis", "Cse", "CseModel"]
 MODULES = {"AnomalySynthesis": "synthesis", "Cse": "lightning_model", "CseModel": "torch_model"}
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is asked for: this package is touched at every start of the interpreter."""
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first asked for."""
+    from importlib import import_module
+
     if name not in MODULES:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)

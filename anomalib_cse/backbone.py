@@ -64,8 +64,9 @@ class FrozenBackbone(nn.Module):
             self.net = from_timm(architecture, pretrained_cfg_overlay={"state_dict": lite0_state_dict()}, **options)
         else:
             self.net = from_timm(architecture, **options)
-        self.channels: list[int] = self.net.feature_info.channels()  # type: ignore[operator, union-attr]
         config = timm.data.resolve_data_config({}, model=self.net)
+        self.architecture: str = self.net.pretrained_cfg["architecture"]  # type: ignore[assignment, index]
+        self.channels: list[int] = self.net.feature_info.channels()  # type: ignore[operator, union-attr]
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
         self.requires_grad_(requires_grad=False)

@@ -382,6 +382,12 @@ class Cse(AnomalibModule):
         kmeans = KMeans(n_clusters=k, n_init=3, random_state=self.effective_seed).fit(torch.cat(embeddings).numpy())
         self.model.set_centres(torch.from_numpy(kmeans.cluster_centers_).to(self.model.centres))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe the backbone by its architecture: its weights are in the checkpoint, so loading needs no others."""
+        super().on_save_checkpoint(checkpoint)
+        architecture = self.model.backbone.architecture
+        checkpoint["hyper_parameters"].update(backbone=architecture, pre_trained=False, weights=None)
+
     def teardown(self, stage: str) -> None:
         """Let go of the training images."""
         del stage

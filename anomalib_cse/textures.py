@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Generator, Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -42,8 +42,9 @@ def read_texture(file: Path, size: int) -> Tensor:
         ValueError: If it cannot be read.
     """
     try:
-        photograph = decode_image(str(file), ImageReadMode.RGB)
-    except RuntimeError as error:
+        with Image.open(file) as image:
+            photograph = TF.pil_to_tensor(image.convert("RGB"))
+    except OSError as error:
         msg = f"dtd_dir: {file} cannot be read as an image; remove it or replace it"
         raise ValueError(msg) from error
     return TF.center_crop(TF.resize(photograph, [size], antialias=True), [size])

@@ -135,7 +135,8 @@ class TrainingData:
     def read(self, dataset: Dataset, sampler: Iterable, **options: Any) -> DataLoader:
         """A dataloader that reads as the user's does."""
         options = {"batch_size": self.loader.batch_size, "num_workers": self.loader.num_workers, **options}
-        return DataLoader(dataset, sampler=sampler, **options)
+        # workers are seeded from this generator, not from the global one
+        return DataLoader(dataset, sampler=sampler, generator=generator_for(self.seed), **options)
 
     def read_pairs(self, sampler: Iterable[Pair]) -> DataLoader:
         """A dataloader of pairs; one that has nothing to read needs no workers."""

@@ -15,7 +15,7 @@ def test_crops_come_from_disjoint_regions_and_defects_lie_in_their_masks(tmp_pat
     for split, rows in (("train", TRAIN_ROWS), ("test", TEST_ROWS)):
         for file in sorted((tmp_path / "gravel" / split / "good").iterdir())[:5]:
             found = cv2.matchTemplate(photograph[rows], cv2.imread(str(file), cv2.IMREAD_GRAYSCALE), cv2.TM_SQDIFF)
-            assert found.min() < 1
+            assert found.min() < 1000  # of squared grey values over 25600 pixels
     for kind in DEFECTS:
         image = cv2.imread(str(tmp_path / "gravel" / "test" / kind / "000.png"), cv2.IMREAD_GRAYSCALE)
         mask = cv2.imread(str(tmp_path / "gravel" / "ground_truth" / kind / "000_mask.png"), cv2.IMREAD_GRAYSCALE) > 0

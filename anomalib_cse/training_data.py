@@ -6,6 +6,7 @@ pair is an index on any device and needs no worker; what does not fit the budget
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -138,16 +139,22 @@ class TrainingData:
         # workers are seeded from this generator, not from the global one
         return DataLoader(dataset, sampler=sampler, generator=generator_for(self.seed), **options)
 
-    def read_pairs(self, sampler: Iterable[Pair]) -> DataLoader:
+    def read_pairs(self, sampler: Iterable[Pair], batch_size: int) -> DataLoader:
         """A dataloader of pairs; one that has nothing to read needs no workers."""
         options = {"num_workers": 0} if self.needs == "none" else {}
         dataset = PairDataset(self.images, self.needs)
-        return self.read(dataset, sampler, batch_size=self.batch_size, collate_fn=collate_pairs, **options)
+        return self.read(dataset, sampler, batch_size=batch_size, collate_fn=collate_pairs, **options)
 
     def train_dataloader(self) -> DataLoader:
-        """This process's share of the training pairs, drawn anew every epoch."""
+        """This process's share of the training pairs, drawn anew every epoch.
+
+        As many batches as ``batch_size`` asks for, but of even sizes: a last one of a single pair would give BatchNorm
+        the statistics of one image.
+        """
         seed = int(generator_for(self.seed, TRAIN_PAIRS).initial_seed())
-        return self.read_pairs(PairSampler(self.training, seed, num_replicas=self.num_replicas, rank=self.rank))
+        sampler = PairSampler(self.training, seed, num_replicas=self.num_replicas, rank=self.rank)
+        steps = math.ceil(len(sampler) / self.batch_size)
+        return self.read_pairs(sampler, math.ceil(len(sampler) / steps))
 
     def holdout_pairs(self) -> list[Pair]:
         """The pairs of held-out images: every process's, and the same every epoch."""
@@ -198,7 +205,7 @@ class TrainingData:
 
     def new_holdout_features(self) -> Iterator[tuple[PairBatch, list[Tensor]]]:
         """The batches of held-out pairs with the features that are not kept of them."""
-        for number, batch in enumerate(self.read_pairs(self.holdout_pairs())):
+        for number, batch in enumerate(self.read_pairs(self.holdout_pairs(), self.batch_size)):
             on_device = move_data_to_device(batch, self.device)
             yield on_device, self.new_features(on_device, HOLDOUT_DEFECTS, number)
 

@@ -120,6 +120,12 @@ def test_memory_does_not_change_the_features():
                 assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize(("batch_size", "sizes"), [(8, [6, 6, 5]), (17, [17]), (3, [3, 3, 3, 3, 3, 2]), (100, [17])])
+def test_batches_are_of_even_sizes(batch_size, sizes):
+    data = training_data(24, batch_size=batch_size)
+    assert [len(batch.first) for batch in data.train_dataloader()] == sizes
+
+
 @pytest.mark.parametrize("budget", [0, 2**30])
 def test_hold_out_pairs_are_the_same_every_epoch(budget):
     data = training_data(memory_budget=budget)
@@ -160,7 +166,7 @@ def test_half_precision():
 def test_the_global_random_state_is_left_alone():
     state = torch.get_rng_state()
     data = training_data()
-    data.pair_features(next(iter(data.read_pairs(data.holdout_pairs()))), 0)
+    data.pair_features(next(iter(data.read_pairs(data.holdout_pairs(), 4))), 0)
     assert torch.equal(torch.get_rng_state(), state)
 
 

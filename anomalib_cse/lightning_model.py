@@ -324,10 +324,11 @@ class Cse(AnomalibModule):
             second: Those of the second images.
             corrupt: Whether the second is corrupted, ``(B,)`` bool.
         """
-        embedding = self.embedder(first)  # (B, D, H, W); one pass each, with BatchNorm statistics of its own
-        size = self.model.pool_size
-        pooled_first, pooled_second = pool(embedding, size), pool(self.embedder(second), size)
-        reconstructions = self.decoder(embedding, [f.shape[-2:] for f in first]) if self.decoder else ()
+        # one pass, so that BatchNorm sees clean and corrupted images together, as its running statistics do
+        embeddings = self.embedder([torch.cat(layer) for layer in zip(first, second, strict=True)])  # (2B, D, H, W)
+        pooled_first, pooled_second = pool(embeddings, self.model.pool_size).chunk(2)
+        sizes = [f.shape[-2:] for f in first]
+        reconstructions = self.decoder(embeddings[: len(corrupt)], sizes) if self.decoder else ()
         return self.loss(pooled_first, pooled_second, corrupt, first, reconstructions)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> STEP_OUTPUT:

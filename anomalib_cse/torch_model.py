@@ -11,16 +11,9 @@ from torch.nn import functional as F
 from .backbone import FrozenBackbone
 
 
-def pointwise(in_channels: int, out_channels: int, running_statistics: bool = True) -> nn.Sequential:
-    """A 1x1 convolution followed by ReLU and BatchNorm (Section 3.2).
-
-    Args:
-        in_channels: Of the convolution.
-        out_channels: Of the convolution.
-        running_statistics: Whether BatchNorm gathers statistics for evaluation or always uses those of its batch.
-    """
-    norm = nn.BatchNorm2d(out_channels, track_running_stats=running_statistics)
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=1), nn.ReLU(), norm)
+def pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
+    """A 1x1 convolution followed by ReLU and BatchNorm (Section 3.2)."""
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=1), nn.ReLU(), nn.BatchNorm2d(out_channels))
 
 
 def fuse(features: Sequence[Tensor]) -> Tensor:
@@ -51,8 +44,6 @@ class Embedder(nn.Sequential):
 class Decoder(nn.Module):
     """One head of pointwise convolutions ``D -> C/2 -> C`` per layer, back to the features (Section 3.4, Figure 4).
 
-    It serves training alone, so its BatchNorm keeps no statistics: a frozen decoder has nothing that could move.
-
     Args:
         channels: Channels C of every feature layer.
         embedding_dim: D, the channels of the embedding.
@@ -60,8 +51,8 @@ class Decoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], embedding_dim: int = 64) -> None:
         super().__init__()
-        self.first = nn.ModuleList(pointwise(embedding_dim, max(1, c // 2), running_statistics=False) for c in channels)
-        self.last = nn.ModuleList(pointwise(max(1, c // 2), c, running_statistics=False) for c in channels)
+        self.first = nn.ModuleList(pointwise(embedding_dim, max(1, c // 2)) for c in channels)
+        self.last = nn.ModuleList(pointwise(max(1, c // 2), c) for c in channels)
 
     def forward(self, embedding: Tensor, sizes: Sequence[torch.Size]) -> list[Tensor]:
         """Reconstructions of the features.

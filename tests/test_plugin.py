@@ -117,7 +117,7 @@ def test_arrows_point_one_way():
     library = {"torch", "torchvision", "PIL", ".perlin", ".colour"}
     for module in ("loss", "synthesis", "perlin", "colour", "textures"):
         assert {m for m in imported(module) if m not in sys.stdlib_module_names} <= library
-    assert set(imported("plugin")) <= {"sys", "importlib", "warnings"}
+    assert set(imported("plugin")) <= {"sys", "importlib", "warnings", "lightning"}  # all but sys inside functions
     assert {m for m in imported("torch_model") if m.startswith(".")} == {".backbone"}
     assert not {"lightning", "sklearn"} & {*imported("torch_model"), *imported("backbone")}
 

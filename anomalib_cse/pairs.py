@@ -1,11 +1,13 @@
 """Training pairs: which two images meet, and reading only those that are not in memory (Section 3.2)."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 
 class Pair(NamedTuple):
@@ -73,6 +75,29 @@ class PairSampler(DistributedSampler):
         second = torch.randint(count, (count,), generator=generator).tolist()
         corrupt = (torch.rand(count, generator=generator) < self.corrupt_probability).tolist()
         return (Pair(self.indices[i], self.indices[second[i]], corrupt[i]) for i in super().__iter__())
+
+
+class EvenBatches(Sampler):
+    """Batches whose sizes differ by one at most.
+
+    Args:
+        sampler: What is batched.
+        batch_size: Largest size.
+    """
+
+    def __init__(self, sampler: PairSampler | Sequence[Pair], batch_size: int) -> None:
+        self.sampler = sampler
+        self.count = math.ceil(len(sampler) / batch_size)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return self.count
+
+    def __iter__(self) -> Iterator[list[Pair]]:
+        """The batches."""
+        items = list(self.sampler)
+        ends = [len(items) * number // self.count for number in range(self.count + 1)]
+        return (items[start:end] for start, end in pairwise(ends))
 
 
 class PairDataset(Dataset):

@@ -301,6 +301,9 @@ class AnomalySynthesis(v2.Transform):
         check_range("solarise", solarise, 0, 1)
         check_range("bits", bits, 1, 8)
         check_range("kernel_size", kernel_size, 1, MAX_KERNEL_SIZE)
+        if kernel_size[0] == kernel_size[1] and kernel_size[0] % 2 == 0:
+            msg = f"kernel_size must include an odd width, got {kernel_size}"
+            raise ValueError(msg)
         check_range("(0.01, sigma)", (0.01, sigma), 0.01, 1000)
         self.register_buffer("textures", textures, persistent=False)
         self.kind_weights = torch.tensor([float(weights.get(kind, 0.0)) for kind in KINDS])
@@ -398,7 +401,14 @@ class AnomalySynthesis(v2.Transform):
         return corrupted
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Corrupt ``images``; returns them with the masks of the defects, of shape ``(B, 1, H, W)``."""
+        """Corrupt ``images``; returns them with the masks of the defects, of shape ``(B, 1, H, W)``.
+
+        Raises:
+            TypeError: If the images are not floating point.
+        """
+        if not images.is_floating_point():
+            msg = f"images must be floating point in [0, 1], got {images.dtype}"
+            raise TypeError(msg)
         if masks is None:
             masks = tv_tensors.Mask(torch.zeros_like(images[..., :1, :, :], dtype=torch.bool))
         return super().forward(images, masks)

@@ -6,7 +6,6 @@ pair is an index on any device and needs no worker; what does not fit the budget
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,9 +14,9 @@ from lightning.fabric.utilities import move_data_to_device
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import Transform
+from torchvision.transforms.v2 import Resize, Transform
 
-from .pairs import Pair, PairBatch, PairDataset, PairSampler, PreparedImages, collate_pairs, generator_for
+from .pairs import EvenBatches, Pair, PairBatch, PairDataset, PairSampler, PreparedImages, collate_pairs, generator_for
 from .synthesis import AnomalySynthesis
 
 logger = logging.getLogger(__name__)
@@ -72,6 +71,10 @@ class TrainingData:
         self.batch_size = batch_size
         self.seed = seed
         self.memory_budget = memory_budget
+        augmentations = getattr(loader.dataset, "augmentations", None)
+        if augmentations is not None and not isinstance(augmentations, Resize):  # anomalib adds the model's own Resize
+            logger.info("Training augmentations change the images, so nothing is kept between epochs.")
+            self.memory_budget = 0
         self.memory_dtype = memory_dtype
         self.num_replicas = num_replicas
         self.rank = rank
@@ -104,7 +107,8 @@ class TrainingData:
             if self.kept_images is not None:
                 self.kept_images[at : at + len(images)] = images
             at += len(images)
-        self.kept_holdout = list(self.new_holdout_features())
+        # the images of these pairs are not needed again
+        self.kept_holdout = [(b._replace(images=torch.empty(0)), new) for b, new in self.new_holdout_features()]
 
     def allocate(self, image: Tensor, features: Sequence[Tensor]) -> bool:
         """Make room for the features of all images, and for the images if both fit; whether anything did."""
@@ -135,26 +139,32 @@ class TrainingData:
 
     def read(self, dataset: Dataset, sampler: Iterable, **options: Any) -> DataLoader:
         """A dataloader that reads as the user's does."""
-        options = {"batch_size": self.loader.batch_size, "num_workers": self.loader.num_workers, **options}
+        options = {
+            "batch_size": self.loader.batch_size or self.batch_size,
+            "num_workers": self.loader.num_workers,
+            **options,
+        }
         # workers are seeded from this generator, not from the global one
         return DataLoader(dataset, sampler=sampler, generator=generator_for(self.seed), **options)
 
-    def read_pairs(self, sampler: Iterable[Pair], batch_size: int) -> DataLoader:
-        """A dataloader of pairs; one that has nothing to read needs no workers."""
-        options = {"num_workers": 0} if self.needs == "none" else {}
-        dataset = PairDataset(self.images, self.needs)
-        return self.read(dataset, sampler, batch_size=batch_size, collate_fn=collate_pairs, **options)
+    def read_pairs(self, sampler: PairSampler | Sequence[Pair]) -> DataLoader:
+        """A dataloader of pairs, without workers if it has nothing to read.
+
+        As many batches as ``batch_size`` asks for, but of sizes that differ by one at most: a last one of a single
+        pair would give BatchNorm the statistics of one image.
+        """
+        return DataLoader(
+            PairDataset(self.images, self.needs),
+            batch_sampler=EvenBatches(sampler, self.batch_size),
+            num_workers=0 if self.needs == "none" else self.loader.num_workers,
+            collate_fn=collate_pairs,
+            generator=generator_for(self.seed),
+        )
 
     def train_dataloader(self) -> DataLoader:
-        """This process's share of the training pairs, drawn anew every epoch.
-
-        As many batches as ``batch_size`` asks for, but of even sizes: a last one of a single pair would give BatchNorm
-        the statistics of one image.
-        """
+        """This process's share of the training pairs, drawn anew every epoch."""
         seed = int(generator_for(self.seed, TRAIN_PAIRS).initial_seed())
-        sampler = PairSampler(self.training, seed, num_replicas=self.num_replicas, rank=self.rank)
-        steps = math.ceil(len(sampler) / self.batch_size)
-        return self.read_pairs(sampler, math.ceil(len(sampler) / steps))
+        return self.read_pairs(PairSampler(self.training, seed, num_replicas=self.num_replicas, rank=self.rank))
 
     def holdout_pairs(self) -> list[Pair]:
         """The pairs of held-out images: every process's, and the same every epoch."""
@@ -199,13 +209,15 @@ class TrainingData:
             features[batch.rows] = corrupted.float()
         return first, second, batch.corrupt
 
-    def pair_features(self, batch: PairBatch, step: int) -> PairFeatures:
-        """Features of the pairs of a training step."""
-        return self.assemble(batch, self.new_features(batch, TRAIN_DEFECTS, self.rank, step))
+    def pair_features(self, batch: PairBatch, epoch: int, number: int) -> PairFeatures:
+        """Features of the pairs of a training step, the ``number``-th of an epoch."""
+        return self.assemble(batch, self.new_features(batch, TRAIN_DEFECTS, self.rank, epoch, number))
 
     def new_holdout_features(self) -> Iterator[tuple[PairBatch, list[Tensor]]]:
         """The batches of held-out pairs with the features that are not kept of them."""
-        for number, batch in enumerate(self.read_pairs(self.holdout_pairs(), self.batch_size)):
+        if not self.holdout:
+            return
+        for number, batch in enumerate(self.read_pairs(self.holdout_pairs())):
             on_device = move_data_to_device(batch, self.device)
             yield on_device, self.new_features(on_device, HOLDOUT_DEFECTS, number)
 

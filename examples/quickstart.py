@@ -24,7 +24,8 @@ for row, picture in enumerate(pictures):
 overview.save(results / "overview.png")
 
 exported = engine.export(model, export_type="openvino", export_root=results)
-inferencer = OpenVINOInferencer(exported)
+# full precision: by default OpenVINO rounds to bfloat16 on processors that have it
+inferencer = OpenVINOInferencer(exported, config={"INFERENCE_PRECISION_HINT": "f32"})
 photograph = Path(datamodule.root) / datamodule.category / "test" / "thread" / "000.png"
 deployed = inferencer.predict(photograph)
 [predicted] = engine.predict(model, dataset=PredictDataset(photograph))

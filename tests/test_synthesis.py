@@ -107,6 +107,11 @@ def test_three_operations_of_each_kind(textures, generator):
     "option", ["angle", "brightness", "offset", "hue", "saturation", "shift", "gamma", "sharpness"]
 )
 def test_ranges_are_respected(option, textures, generator):
+    narrow = {"angle": 10.0, "offset": 0.05, "shift": 0.02}.get(option, (0.9, 1.3))
+    values = getattr(AnomalySynthesis(textures, **{option: narrow}).sample((2000, 3, 8, 8), generator), option)
+    low, high = narrow if isinstance(narrow, tuple) else (-narrow, narrow)
+    assert low <= values.min() < low + 0.05 * (high - low)
+    assert high - 0.05 * (high - low) < values.max() <= high
     low, high = {"angle": (-45, 45), "offset": (-30 / 255, 30 / 255), "shift": (-50 / 255, 50 / 255)}.get(
         option, getattr(AnomalySynthesis(textures), option)
     )
@@ -235,6 +240,7 @@ def test_dtype_is_kept(images, textures, generator):
         ({"brightness": (1.2, 0.8)}, "brightness"),
         ({"bits": (0, 8)}, "bits"),
         ({"kernel_size": (5, 99)}, "kernel_size"),
+        ({"kernel_size": (6, 6)}, "odd width"),
         ({"sigma": 0.0}, "sigma"),
         ({"max_exponent": 6}, "max_exponent"),
     ],
@@ -242,6 +248,11 @@ def test_dtype_is_kept(images, textures, generator):
 def test_arguments_out_of_range(options, message, textures):
     with pytest.raises(ValueError, match=message):
         AnomalySynthesis(textures, **options)
+
+
+def test_whole_number_images_are_refused(textures):
+    with pytest.raises(TypeError, match="floating point"):
+        AnomalySynthesis(textures)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 def test_every_parameter_has_a_row_per_image(textures, generator):

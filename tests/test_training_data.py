@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_cse.pairs import PairSampler, generator_for
 from anomalib_cse.synthesis import AnomalySynthesis
@@ -84,9 +85,9 @@ def grey_values(pixels):
 
 def batches(data):
     loader = data.train_dataloader()
-    loader.sampler.set_epoch(2)
+    loader.batch_sampler.sampler.set_epoch(2)
     for step, batch in enumerate(loader):
-        yield batch, data.pair_features(batch, step)
+        yield batch, data.pair_features(batch, 2, step)
 
 
 FEATURES_ONLY = 4 * (3 * 8 * 8) * (20 + 64 + 2) + 100
@@ -120,7 +121,7 @@ def test_memory_does_not_change_the_features():
                 assert torch.allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize(("batch_size", "sizes"), [(8, [6, 6, 5]), (17, [17]), (3, [3, 3, 3, 3, 3, 2]), (100, [17])])
+@pytest.mark.parametrize(("batch_size", "sizes"), [(8, [5, 6, 6]), (17, [17]), (100, [17]), (4, [3, 3, 4, 3, 4])])
 def test_batches_are_of_even_sizes(batch_size, sizes):
     data = training_data(24, batch_size=batch_size)
     assert [len(batch.first) for batch in data.train_dataloader()] == sizes
@@ -156,6 +157,15 @@ def test_no_file_is_read_twice_where_the_budget_allows():
     assert data.loader.dataset.reads == 20
 
 
+def test_nothing_is_kept_of_augmented_images():
+    synthesis = AnomalySynthesis(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    images = Images(20)
+    images.augmentations = RandomHorizontalFlip()
+    data = TrainingData(DataLoader(images), None, synthesis=synthesis)
+    data.load(extract, DEVICE)
+    assert data.needs == "both"
+
+
 def test_half_precision():
     data = training_data(memory_dtype=torch.float16)
     assert data.kept_images.dtype == torch.float16
@@ -166,7 +176,7 @@ def test_half_precision():
 def test_the_global_random_state_is_left_alone():
     state = torch.get_rng_state()
     data = training_data()
-    data.pair_features(next(iter(data.read_pairs(data.holdout_pairs(), 4))), 0)
+    data.pair_features(next(iter(data.read_pairs(data.holdout_pairs()))), 0, 0)
     assert torch.equal(torch.get_rng_state(), state)
 
 

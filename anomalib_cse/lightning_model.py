@@ -24,6 +24,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
@@ -360,9 +361,14 @@ class Cse(AnomalibModule):
 
     @torch.no_grad()
     def holdout_loss(self) -> Tensor:
-        """Mean loss over the pairs of held-out images, the same ones every epoch, so that epochs can be compared."""
-        self.eval()
+        """Mean loss over the pairs of held-out images, the same ones every epoch, so that epochs can be compared.
+
+        The embedder's BatchNorm statistics are first taken anew from all of these pairs: running averages over the
+        last few small batches differ so much from one another that scores differ with them.
+        """
         pairs = list(self.data.holdout_features())
+        update_bn((([torch.cat(layer) for layer in zip(*pair[:2], strict=True)],) for pair in pairs), self.embedder)
+        self.eval()
         total = torch.stack([self.pair_loss(*pair) * len(pair[-1]) for pair in pairs]).sum()
         self.train()
         return total / sum(len(corrupt) for *_, corrupt in pairs)

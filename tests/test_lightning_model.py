@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from torchvision.transforms.v2 import Resize
 
 from anomalib_cse import Cse
-from anomalib_cse.torch_model import pool
+from anomalib_cse.torch_model import fuse, pool
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -96,6 +96,24 @@ def test_centres_are_kmeans_of_all_training_embeddings(mvtec_root, tmp_path):
     expected = expected / expected.norm(dim=1, keepdim=True)
     similarities = model.model.centres @ expected.T
     assert similarities.max(dim=1).values.min() > 0.999
+
+
+def test_batch_norm_statistics_are_those_of_the_hold_out(mvtec_root, tmp_path):
+    class Note(Callback):
+        def on_train_end(self, trainer, pl_module):
+            pairs = list(pl_module.data.holdout_features())
+            with torch.no_grad():
+                fused = [
+                    fuse([torch.cat(layer) for layer in zip(first, second, strict=True)]) for first, second, _ in pairs
+                ]
+                convolution, relu, norm = pl_module.embedder[0]
+                values = [relu(convolution(f)) for f in fused]
+            expected = torch.stack([v.mean(dim=(0, 2, 3)) for v in values]).mean(0)
+            self.close = torch.allclose(norm.running_mean, expected, atol=1e-5)
+
+    note = Note()
+    train(mvtec_root, tmp_path, 2, [note])
+    assert note.close
 
 
 def test_memory_does_not_change_the_losses(mvtec_root, tmp_path):

@@ -7,6 +7,7 @@ interpreter, in programs that never heard of anomalib: it may cost nothing and m
 
 import sys
 
+CLI = "anomalib.cli.cli"
 PACKAGES = {
     "anomalib.models": {"Cse": "anomalib_cse.lightning_model"},
     "anomalib.data": {"MVTec": "anomalib_cse.datamodules", "SurfaceDemo": "anomalib_cse.demo"},
@@ -18,15 +19,16 @@ class RegistrationFinder:
 
     @staticmethod
     def find_spec(name, path=None, target=None):  # noqa: ANN001, ANN205  annotations would be the first import
-        """The specification of one of :data:`PACKAGES`, whose execution ends with :func:`register`."""
-        if name not in PACKAGES:
+        """The specification of one of :data:`PACKAGES` or the command line, whose execution ends with ours."""
+        if name not in PACKAGES and name != CLI:
             return None
+        then = honour_seed if name == CLI else register
         for finder in sys.meta_path:
             spec = None if finder is RegistrationFinder else finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
                 spec.loader.exec_module = lambda module, execute=spec.loader.exec_module: (
                     execute(module),
-                    register(module),
+                    then(module),
                 )
                 return spec
         return None
@@ -58,6 +60,22 @@ def register(package) -> None:  # noqa: ANN001
         warnings.warn(f"anomalib-cse cannot be registered with this anomalib: {error!r}", stacklevel=2)
 
 
+def honour_seed(module) -> None:  # noqa: ANN001
+    """Have ``--seed_everything N`` do for Cse what its help says; anomalib 2.7 accepts it and does nothing with it."""
+    instantiate_classes = module.AnomalibCLI.instantiate_classes
+
+    def seeded(self) -> None:  # noqa: ANN001
+        config = self.config.get(self.config["subcommand"]) or {}
+        seed, model = config.get("seed_everything"), config.get("model")
+        if type(seed) is int and model and model.class_path.rpartition(".")[2] == "Cse":
+            from lightning import seed_everything
+
+            seed_everything(seed)
+        instantiate_classes(self)
+
+    module.AnomalibCLI.instantiate_classes = seeded
+
+
 def install() -> None:
     """Wait for anomalib, or register at once with what of it is already imported."""
     if RegistrationFinder in sys.meta_path:
@@ -66,3 +84,5 @@ def install() -> None:
     for name in PACKAGES:
         if name in sys.modules:
             register(sys.modules[name])
+    if CLI in sys.modules:
+        honour_seed(sys.modules[CLI])

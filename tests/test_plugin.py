@@ -120,6 +120,23 @@ def test_arrows_point_one_way():
     library = {"torch", "torchvision", "PIL", ".perlin", ".colour"}
     for module in ("loss", "synthesis", "perlin", "colour", "textures"):
         assert {m for m in imported(module) if m not in sys.stdlib_module_names} <= library
-    assert set(imported("plugin")) <= {"sys", "importlib", "warnings"}  # all but sys inside functions
+    assert set(imported("plugin")) <= {"sys", "importlib", "warnings", "lightning"}  # all but sys inside functions
     assert {m for m in imported("torch_model") if m.startswith(".")} == {".backbone"}
     assert not {"lightning", "sklearn"} & {*imported("torch_model"), *imported("backbone")}
+
+
+def test_seed_everything_seeds_the_command_line():
+    code = """
+import torch
+from anomalib.cli.cli import AnomalibCLI
+flags = ["--model.backbone=test_efficientnet", "--model.layers=[2,3]", "--model.pre_trained=false"]
+for seed in ("7", "7", "8"):
+    arguments = ["fit", "--model", "Cse", *flags, "--data", "MVTec", "--seed_everything", seed]
+    cli = AnomalibCLI(arguments, run=False)
+    print(cli.model.effective_seed, cli.model.embedder[0][0].weight.sum().item())
+"""
+    first, again, other = python(code)[-3:]
+    assert first == again
+    assert first.split()[0] == "7"
+    assert other.split()[0] == "8"
+    assert first.split()[1] != other.split()[1]

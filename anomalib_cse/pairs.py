@@ -94,10 +94,11 @@ class EvenBatches(Sampler):
         return self.count
 
     def __iter__(self) -> Iterator[list[Pair]]:
-        """The batches."""
+        """The batches; drawn at the first one, because Lightning sets a resumed epoch after asking for the iterator."""
         items = list(self.sampler)
         ends = [len(items) * number // self.count for number in range(self.count + 1)]
-        return (items[start:end] for start, end in pairwise(ends))
+        for start, end in pairwise(ends):
+            yield items[start:end]
 
 
 class PairDataset(Dataset):

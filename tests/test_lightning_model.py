@@ -46,10 +46,8 @@ class Losses(Callback):
     def __init__(self):
         self.train, self.val, self.embedders = [], [], []
 
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.embedders.append({k: v.clone() for k, v in pl_module.embedder.state_dict().items()})
-
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.embedders.append({k: v.clone() for k, v in pl_module.embedder.state_dict().items()})
         self.val.append(trainer.callback_metrics["val_loss"].item())
         self.train.append(trainer.callback_metrics["train_loss"].item())
 

@@ -1,7 +1,6 @@
 """CSE in anomalib: data, training recipe, centres and what is kept of it all (Sections 3 and 4.1)."""
 
 import copy
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -35,8 +34,6 @@ from .synthesis import KINDS, AnomalySynthesis
 from .textures import builtin_textures, load_textures
 from .torch_model import CseModel, Decoder, Embedder, pool
 from .training_data import TrainingData
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 100  # Section 4.1
 DECODER_EPOCHS = 20  # for decoder="pretrained"; the paper gives no number

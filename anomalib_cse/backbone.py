@@ -68,6 +68,8 @@ class FrozenBackbone(nn.Module):
             self.net = from_timm(architecture, pretrained_cfg_overlay={"state_dict": lite0_state_dict()}, **options)
         else:
             self.net = from_timm(architecture, **options)
+        truncate(self.net)
+        self.net.to(memory_format=torch.channels_last)  # a third faster on a CPU
         config = timm.data.resolve_data_config({}, model=self.net)
         self.architecture: str = self.net.pretrained_cfg["architecture"]  # type: ignore[assignment, index]
         self.channels: list[int] = self.net.feature_info.channels()  # type: ignore[operator, union-attr]
@@ -84,6 +86,17 @@ class FrozenBackbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Features of ``images`` ``(B, 3, H, W)`` in [0, 1]: one ``(B, C, h, w)`` per layer."""
         return self.net((images - self.mean) / self.std)
+
+
+def truncate(net: Any) -> None:
+    """Cut off what follows the last layer used: timm does so for most architectures, not for the EfficientNet family.
+
+    Args:
+        net: A ``features_only`` network of timm's.
+    """
+    last: str = net.feature_info.module_name()[-1]
+    if last.startswith("blocks.") and isinstance(getattr(net, "blocks", None), nn.Sequential):
+        del net.blocks[int(last.removeprefix("blocks.")) + 1 :]
 
 
 def timm_name(name: str) -> str:

@@ -163,6 +163,7 @@ class Cse(AnomalibModule):
         self.loss = CseLoss(contrast_weight)
         self.register_buffer("best_loss", torch.tensor(torch.inf))
         self._data: TrainingData | None = None  # while fitting
+        self._start_epoch = 0
         self._limit_val_batches: int | float | None = None  # the user's, while it is set aside
         self.train()
 
@@ -256,6 +257,7 @@ class Cse(AnomalibModule):
         if stage != TrainerFn.FITTING:
             return
         self.best_loss.fill_(torch.inf)
+        self._start_epoch = 0
         trainer = self.trainer
         source = trainer.fit_loop._data_source
         self._data = TrainingData(
@@ -294,8 +296,13 @@ class Cse(AnomalibModule):
     def train_dataloader(self) -> DataLoader:
         """The training pairs; asked for once the module is on its device, so this is where images are read."""
         self.data.synthesis.to(self.device)
-        self.data.load(self.model.backbone, self.device)
-        return self.data.train_dataloader()
+        self.data.load(self.extract, self.device)
+        return self.data.train_dataloader(self._start_epoch)
+
+    def extract(self, images: Tensor) -> list[Tensor]:
+        """The backbone's features of training images, in the trainer's ``precision`` and kept in single precision."""
+        with self.trainer.precision_plugin.forward_context():
+            return [f.float() for f in self.model.backbone(images)]
 
     @property
     def data(self) -> TrainingData:
@@ -342,7 +349,8 @@ class Cse(AnomalibModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> STEP_OUTPUT:
         """The loss of one batch of pairs."""
         loss = self.pair_loss(*self.data.pair_features(batch, self.current_epoch, batch_idx))
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.corrupt))
+        count = len(batch.corrupt)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -371,9 +379,13 @@ class Cse(AnomalibModule):
         return total / sum(len(corrupt) for *_, corrupt in pairs)
 
     def on_train_end(self) -> None:
-        """Give the kept weights their centres, thresholds and checkpoint."""
-        self.fit_centres()
+        """Give the kept weights their centres, thresholds and checkpoint, the first process's in every process."""
         trainer = self.trainer
+        self.fit_centres()
+        kept = trainer.strategy.broadcast((self.model.embedder.state_dict(), self.model.centres, self.best_loss))
+        self.model.embedder.load_state_dict(kept[0])
+        self.model.centres.copy_(kept[1])
+        self.best_loss.copy_(kept[2])
         self.restore_validation()
         if trainer.enable_validation:
             trainer.validating = True
@@ -400,6 +412,24 @@ class Cse(AnomalibModule):
         super().on_save_checkpoint(checkpoint)
         architecture = self.model.backbone.architecture
         checkpoint["hyper_parameters"].update(backbone=architecture, pre_trained=False, weights=None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the epoch to resume with, as Lightning asks for its first batches before it has restored that."""
+        super().on_load_checkpoint(checkpoint)
+        self._start_epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+
+    def to_onnx(  # type: ignore[override]
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """As anomalib exports, at torch's own opset 18 unless ``opset_version`` is given.
+
+        anomalib's 14 cannot be had of this graph: the conversion fails, with a traceback, and leaves 18.
+        """
+        return super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
 
     def restore_validation(self) -> None:
         """Give the trainer its own ``limit_val_batches`` back."""

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler
 
 
 class Pair(NamedTuple):
@@ -44,13 +44,24 @@ def generator_for(*seeds: int) -> Generator:
     return Generator().manual_seed(state)
 
 
+def even_batches(pairs: Sequence[Pair], batch_size: int) -> list[list[Pair]]:
+    """Batches of at most ``batch_size`` pairs whose sizes differ by one at most.
+
+    A last batch of a single pair would give BatchNorm the statistics of one image.
+    """
+    count = math.ceil(len(pairs) / batch_size)
+    ends = [len(pairs) * number // count for number in range(count + 1)]
+    return [list(pairs[start:end]) for start, end in pairwise(ends)]
+
+
 class PairSampler(DistributedSampler):
-    """Every image once as the first of a pair, the second drawn at random, anew every epoch.
+    """Batches of pairs: every image once as the first of a pair, the second drawn at random, anew every epoch.
 
     Being torch's own ``DistributedSampler``, it is told the epoch by Lightning and is left in place under DDP.
 
     Args:
         indices: The images to pair.
+        batch_size: Most pairs of a batch.
         seed: Together with the epoch it decides everything drawn.
         corrupt_probability: Of the second image being corrupted (the paper's 0.5).
         num_replicas, rank: Number of processes, and which one this is.
@@ -59,6 +70,7 @@ class PairSampler(DistributedSampler):
     def __init__(
         self,
         indices: Sequence[int],
+        batch_size: int,
         seed: int,
         corrupt_probability: float = 0.5,
         num_replicas: int = 1,
@@ -66,73 +78,45 @@ class PairSampler(DistributedSampler):
     ) -> None:
         super().__init__(indices, num_replicas, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.indices = indices
+        self.batch_size = batch_size
         self.corrupt_probability = corrupt_probability
 
-    def __iter__(self) -> Iterator[Pair]:
-        """Draw this epoch's pairs and go through this process's share of them."""
+    def __len__(self) -> int:
+        """Number of this process's batches."""
+        return math.ceil(self.num_samples / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Pair]]:
+        """Draw this epoch's pairs and go through this process's share of them, batch by batch."""
         generator = generator_for(self.seed, self.epoch)
         count = len(self.indices)
         second = torch.randint(count, (count,), generator=generator).tolist()
         corrupt = (torch.rand(count, generator=generator) < self.corrupt_probability).tolist()
-        return (Pair(self.indices[i], self.indices[second[i]], corrupt[i]) for i in super().__iter__())
-
-
-class EvenBatches(Sampler):
-    """Batches whose sizes differ by one at most.
-
-    Args:
-        sampler: What is batched.
-        batch_size: Largest size.
-    """
-
-    def __init__(self, sampler: PairSampler | Sequence[Pair], batch_size: int) -> None:
-        self.sampler = sampler
-        self.count = math.ceil(len(sampler) / batch_size)
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return self.count
-
-    def __iter__(self) -> Iterator[list[Pair]]:
-        """The batches; drawn at the first one, because Lightning sets a resumed epoch after asking for the iterator."""
-        items = list(self.sampler)
-        ends = [len(items) * number // self.count for number in range(self.count + 1)]
-        for start, end in pairwise(ends):
-            yield items[start:end]
+        pairs = [Pair(self.indices[i], self.indices[second[i]], corrupt[i]) for i in super().__iter__()]
+        return iter(even_batches(pairs, self.batch_size))
 
 
 class PairDataset(Dataset):
-    """Reads what a pair needs from disk.
+    """Reads what a batch of pairs needs from disk.
 
     Args:
         images: The training images, preprocessed: ``images[i]`` is ``(3, H, W)`` in [0, 1].
         needs: Which images of a pair are not in memory: ``"both"``, the ``"corrupted"`` second or ``"none"``.
     """
 
-    def __init__(self, images: Dataset, needs: str) -> None:
+    def __init__(self, images: Dataset, needs: Literal["both", "corrupted", "none"]) -> None:
         self.images = images
         self.needs = needs
 
-    def __getitem__(self, pair: Pair) -> tuple[Pair, Tensor | None]:
-        """A pair with the images that it needs."""
+    def __getitem__(self, pairs: Sequence[Pair]) -> PairBatch:
+        """A batch of pairs with the images that it needs."""
+        first, second, corrupt = zip(*pairs, strict=True)
+        rows = [row for row, is_corrupt in enumerate(corrupt) if is_corrupt]
+        images = torch.empty(0)
         if self.needs == "both":
-            return pair, torch.stack([self.images[pair.first], self.images[pair.second]])
-        if self.needs == "corrupted" and pair.corrupt:
-            return pair, self.images[pair.second]
-        return pair, None
-
-
-def collate_pairs(items: Sequence[tuple[Pair, Tensor | None]]) -> PairBatch:
-    """Stack pairs into a batch."""
-    first, second, corrupt = zip(*(pair for pair, _ in items), strict=True)
-    images = [image for _, image in items if image is not None]
-    return PairBatch(
-        torch.tensor(first),
-        torch.tensor(second),
-        torch.tensor(corrupt),
-        [row for row, is_corrupt in enumerate(corrupt) if is_corrupt],
-        torch.stack(images) if images else torch.empty(0),
-    )
+            images = torch.stack([torch.stack([self.images[i], self.images[j]]) for i, j, _ in pairs])
+        elif self.needs == "corrupted" and rows:
+            images = torch.stack([self.images[second[row]] for row in rows])
+        return PairBatch(torch.tensor(first), torch.tensor(second), torch.tensor(corrupt), rows, images)
 
 
 class PreparedImages(Dataset):

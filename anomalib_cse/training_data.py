@@ -7,7 +7,7 @@ pair is an index on any device and needs no worker; what does not fit the budget
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import Resize, Transform
 
-from .pairs import EvenBatches, Pair, PairBatch, PairDataset, PairSampler, PreparedImages, collate_pairs, generator_for
+from .pairs import Pair, PairBatch, PairDataset, PairSampler, PreparedImages, even_batches, generator_for
 from .synthesis import AnomalySynthesis
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class TrainingData:
         """
         self.extract, self.device = extract, device
         at = 0
-        for images in track(self.read(self.images, range(len(self.images))), description="Reading training images"):
+        for images in track(self.read_images(range(len(self.images))), description="Reading training images"):
             features = self.compute(images.to(device))
             if at == 0 and not self.allocate(images[0], features):
                 return
@@ -113,7 +113,7 @@ class TrainingData:
     def allocate(self, image: Tensor, features: Sequence[Tensor]) -> bool:
         """Make room for the features of all images, and for the images if both fit; whether anything did."""
         count, size = len(self.images), self.memory_dtype.itemsize
-        features_needed = size * sum(f[0].numel() for f in features) * (count + len(self.holdout_pairs()))
+        features_needed = size * sum(f[0].numel() for f in features) * (count + sum(map(len, self.holdout_pairs())))
         images_needed = size * image.numel() * count
         options: dict[str, Any] = {"dtype": self.memory_dtype, "device": self.device}
         if features_needed <= self.memory_budget:
@@ -131,49 +131,55 @@ class TrainingData:
         return self.kept_features is not None
 
     @property
-    def needs(self) -> str:
+    def needs(self) -> Literal["both", "corrupted", "none"]:
         """Which images of a pair have to be read, as :class:`PairDataset` has it."""
         if self.kept_features is None:
             return "both"
         return "corrupted" if self.kept_images is None else "none"
 
-    def read(self, dataset: Dataset, sampler: Iterable, **options: Any) -> DataLoader:
-        """A dataloader that reads as the user's does."""
-        options = {
-            "batch_size": self.loader.batch_size or self.batch_size,
-            "num_workers": self.loader.num_workers,
-            **options,
-        }
-        # workers are seeded from this generator, not from the global one
-        return DataLoader(dataset, sampler=sampler, generator=generator_for(self.seed), **options)
-
-    def read_pairs(self, sampler: PairSampler | Sequence[Pair]) -> DataLoader:
-        """A dataloader of pairs, without workers if it has nothing to read.
-
-        As many batches as ``batch_size`` asks for, but of sizes that differ by one at most: a last one of a single
-        pair would give BatchNorm the statistics of one image.
-        """
+    def read(self, dataset: Dataset, order: Iterable, batch_size: int | None, num_workers: int) -> DataLoader:
+        """A dataloader whose workers are seeded from its own generator, not from the global one."""
         return DataLoader(
-            PairDataset(self.images, self.needs),
-            batch_sampler=EvenBatches(sampler, self.batch_size),
-            num_workers=0 if self.needs == "none" else self.loader.num_workers,
-            collate_fn=collate_pairs,
+            dataset,
+            sampler=order,
+            batch_size=batch_size,
+            num_workers=num_workers,
             generator=generator_for(self.seed),
         )
 
-    def train_dataloader(self) -> DataLoader:
-        """This process's share of the training pairs, drawn anew every epoch."""
-        seed = int(generator_for(self.seed, TRAIN_PAIRS).initial_seed())
-        return self.read_pairs(PairSampler(self.training, seed, num_replicas=self.num_replicas, rank=self.rank))
+    def read_images(self, order: Sequence[int], batch_size: int | None = None) -> DataLoader:
+        """A dataloader of the images alone, in batches as large as the user's if no size is given."""
+        return self.read(
+            self.images, order, batch_size or self.loader.batch_size or self.batch_size, self.loader.num_workers
+        )
 
-    def holdout_pairs(self) -> list[Pair]:
-        """The pairs of held-out images: every process's, and the same every epoch."""
-        sampler = PairSampler(self.holdout, int(generator_for(self.seed, HOLDOUT_PAIRS).initial_seed()))
+    def read_pairs(self, batches: Iterable[list[Pair]]) -> DataLoader:
+        """A dataloader of pairs, without workers if it has nothing to read."""
+        workers = 0 if self.needs == "none" else self.loader.num_workers
+        return self.read(PairDataset(self.images, self.needs), batches, None, workers)
+
+    def train_dataloader(self, epoch: int = 0) -> DataLoader:
+        """This process's share of the training pairs, drawn anew every epoch.
+
+        Args:
+            epoch: The first one.
+        """
+        seed = int(generator_for(self.seed, TRAIN_PAIRS).initial_seed())
+        sampler = PairSampler(self.training, self.batch_size, seed, num_replicas=self.num_replicas, rank=self.rank)
+        sampler.set_epoch(epoch)
+        return self.read_pairs(sampler)
+
+    def holdout_pairs(self) -> list[list[Pair]]:
+        """Batches of pairs of held-out images: every process's, and the same every epoch."""
+        if not self.holdout:
+            return []
+        seed = int(generator_for(self.seed, HOLDOUT_PAIRS).initial_seed())
+        sampler = PairSampler(self.holdout, len(self.holdout), seed)
         pairs: list[Pair] = []
-        while self.holdout and len(pairs) < MIN_HOLDOUT_PAIRS:
+        while len(pairs) < MIN_HOLDOUT_PAIRS:
             sampler.set_epoch(len(pairs))
-            pairs.extend(sampler)
-        return pairs
+            pairs += next(iter(sampler))
+        return even_batches(pairs, self.batch_size)
 
     @torch.no_grad()
     def compute(self, images: Tensor) -> list[Tensor]:
@@ -240,6 +246,6 @@ class TrainingData:
             for start in range(0, count, self.batch_size):
                 yield [f[order[start : start + self.batch_size]].float() for f in self.kept_features]
         else:
-            loader = self.read(self.images, order, batch_size=self.batch_size)
+            loader = self.read_images(order, self.batch_size)
             for images in track(loader, description="Embedding training images"):
                 yield self.compute(images.to(self.device))

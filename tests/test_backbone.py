@@ -21,6 +21,22 @@ def test_features_are_timms_of_the_normalised_image():
         assert feature.shape[1] == channels
 
 
+@pytest.mark.parametrize("architecture", ["test_efficientnet", "mobilenetv3_small_050", "resnet10t"])
+def test_nothing_runs_after_the_last_layer_used(architecture):
+    backbone = FrozenBackbone(architecture, (0, 2), pre_trained=False)
+    whole = timm.create_model(architecture, pretrained=False, features_only=True, out_indices=(0, 2)).eval()
+    missing, _ = whole.load_state_dict(backbone.net.state_dict(), strict=False)
+    assert not any(name.startswith(tuple(whole.feature_info.module_name())) for name in missing)
+    ran = []
+    for name, module in backbone.net.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    images = torch.rand(2, 3, 64, 64)
+    for feature, expected in zip(backbone(images), whole((images - backbone.mean) / backbone.std), strict=True):
+        assert torch.allclose(feature, expected, atol=1e-5)
+    last = whole.feature_info.module_name()[-1]
+    assert [name for name in ran if name][-1].startswith(last)
+
+
 def test_normalisation_is_the_backbones_own():
     assert FrozenBackbone("tf_efficientnet_lite0", pre_trained=False).mean.flatten().tolist() == [0.5, 0.5, 0.5]
     b3 = FrozenBackbone("efficientnet_b3", pre_trained=False)

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from anomalib.data import MVTecAD
+from torchvision.transforms.v2.functional import resize
+
+from anomalib_cse import Cse
 
 ANOMALIB = Path(sys.executable).with_name("anomalib")
 MODEL = {
@@ -18,6 +23,30 @@ MODEL = {
     "batch_size": 4,
     "seed": 0,
 }
+
+DDP = """
+import os
+import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from lightning.pytorch.callbacks import Callback
+from anomalib_cse import Cse
+
+class Note(Callback):
+    sees = ()
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.sees += tuple(batch.first.tolist())
+
+if __name__ == "__main__":
+    model, note = Cse(**{model}), Note()
+    engine = Engine(
+        max_epochs=3, accelerator="cpu", devices=2, strategy="ddp", callbacks=[note], logger=False,
+        default_root_dir="ddp", enable_model_summary=False,
+    )
+    engine.fit(model, datamodule=MVTecAD(root={root!r}, category="tiny", num_workers=0))
+    state = {{"state": model.model.state_dict(), "best_loss": model.best_loss.item(), "sees": note.sees}}
+    torch.save(state, f"rank{{engine.trainer.global_rank}}.pt")
+"""
 
 
 def flags(prefix, values):
@@ -88,6 +117,44 @@ def test_configuration_file_gives_what_the_flags_give(trained):
     output = anomalib(folder, "train", "--config", folder / "config.yaml")
     line = next(line for line in trained_output.splitlines() if "pixel_AUROC" in line)
     assert line in output
+
+
+def test_workers_change_nothing(trained):
+    folder, data, _ = trained
+    states = []
+    for workers in (0, 2):
+        arguments = flags("model", {**MODEL, "memory_budget": 0}) + flags("data", {**data, "num_workers": workers})
+        root = folder / f"{workers} workers"
+        anomalib(
+            folder, "train", "--model", "Cse", "--data", "MVTec", *arguments,
+            "--trainer.max_epochs", "2", "--default_root_dir", root,
+        )  # fmt: skip
+        [path] = root.rglob("model.ckpt")
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+
+
+def test_two_processes_get_one_model(trained):
+    """Lightning's DDP: both have the same best weights and centres, and those are what one process would fit."""
+    folder, data, _ = trained
+    script = folder / "ddp.py"
+    script.write_text(DDP.format(model=MODEL, root=str(data["root"])))
+    run = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["sees"] != second["sees"]
+    assert first["best_loss"] == second["best_loss"]
+    for name, value in first["state"].items():
+        assert torch.equal(value, second["state"][name]), name
+    model = Cse(**MODEL).model
+    model.load_state_dict(first["state"])
+    images = MVTecAD(root=data["root"], category="tiny")
+    images.setup()
+    with torch.no_grad():
+        embeddings = model.embed(torch.stack([resize(item.image, [64, 64]) for item in images.train_data]))
+    centre = embeddings.mean(dim=(0, 2, 3))
+    assert torch.allclose(model.centres[0], centre / centre.norm(), atol=1e-5)
 
 
 def test_benchmark_makes_one_table(trained):

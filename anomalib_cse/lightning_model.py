@@ -9,8 +9,10 @@ import lightning.pytorch as pl
 import torch
 from anomalib import LearningType
 from anomalib.data import Batch
+from anomalib.data.utils import download_and_extract
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.models.image.draem.lightning_model import DTD_DOWNLOAD_INFO
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
@@ -79,6 +81,7 @@ class Cse(AnomalibModule):
 
     model: CseModel
     best_loss: Tensor
+    fit_seed: Tensor  # in the checkpoint, so that a resumed run draws what the first one would have drawn
 
     def __init__(
         self,
@@ -152,7 +155,7 @@ class Cse(AnomalibModule):
         self.memory_budget = memory_budget
         self.memory_dtype = torch.float16 if half_precision_memory else torch.float32
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
-            torch.manual_seed(self.effective_seed)
+            torch.default_generator.manual_seed(self.effective_seed)
             self.model = CseModel(backbone, layers, pre_trained, weights, embedding_dim, pool_size, num_centres)
             channels = self.model.backbone.channels
             self.embedder = Embedder(sum(channels), embedding_dim)
@@ -162,9 +165,10 @@ class Cse(AnomalibModule):
             self.decoder.requires_grad_(decoder == "joint")
         self.loss = CseLoss(contrast_weight)
         self.register_buffer("best_loss", torch.tensor(torch.inf))
+        self.register_buffer("fit_seed", torch.tensor(self.effective_seed))
         self._data: TrainingData | None = None  # while fitting
         self._start_epoch = 0
-        self._limit_val_batches: int | float | None = None  # the user's, while it is set aside
+        self._set_aside: tuple[pl.Trainer, int | float] | None = None  # a trainer and its own limit_val_batches
         self.train()
 
     @staticmethod
@@ -252,30 +256,27 @@ class Cse(AnomalibModule):
             self.decoder.eval()
         return self
 
+    def prepare_data(self) -> None:
+        """Download DTD if asked to; Lightning has one process do this."""
+        missing = not any(Path(self.dtd_dir).rglob("*.jpg"))
+        if self.trainer.state.fn == TrainerFn.FITTING and self.download_dtd and missing:
+            download_and_extract(Path(self.dtd_dir), DTD_DOWNLOAD_INFO)
+
     def setup(self, stage: str) -> None:
         """Take charge of the training images: pairs and the hold-out cannot be had from shuffled batches."""
+        self.restore_validation()  # if an earlier fit was broken off
         if stage != TrainerFn.FITTING:
             return
-        self.best_loss.fill_(torch.inf)
-        self._start_epoch = 0
         trainer = self.trainer
+        self.best_loss.fill_(torch.inf)
+        self.model.centres.fill_(torch.nan)  # they would be those of another embedder
+        self.fit_seed.fill_(trainer.strategy.broadcast(self.effective_seed))
+        self._start_epoch = 0
         source = trainer.fit_loop._data_source
-        self._data = TrainingData(
-            source.dataloader(),
-            self.pre_processor.transform if self.pre_processor else None,
-            synthesis=self.configure_synthesis(),
-            batch_size=self.batch_size,
-            holdout_ratio=self.holdout_ratio,
-            seed=self.effective_seed,
-            memory_budget=self.memory_budget,
-            memory_dtype=self.memory_dtype,
-            num_replicas=trainer.world_size,
-            rank=trainer.global_rank,
-        )
+        self._source = copy.copy(source)
         source.instance = self  # Lightning now asks this module for the training dataloader
         # Thresholds belong to the kept weights, so validation runs once, for those, at the end of training.
-        if self._limit_val_batches is None:  # otherwise an earlier fit was broken off
-            self._limit_val_batches = trainer.limit_val_batches
+        self._set_aside = trainer, trainer.limit_val_batches
         trainer.limit_val_batches = 0
 
     def configure_synthesis(self) -> AnomalySynthesis:
@@ -284,20 +285,30 @@ class Cse(AnomalibModule):
         Raises:
             FileNotFoundError: If there are no textures and none may be downloaded.
         """
-        generator = torch.Generator().manual_seed(self.effective_seed)
+        generator = torch.Generator().manual_seed(int(self.fit_seed))
         if self.dtd_dir == "builtin":
             textures = builtin_textures(TEXTURES_KEPT, TEXTURE_SIZE, generator)
         else:
-            if self.download_dtd and not any(Path(self.dtd_dir).rglob("*.jpg")):
-                download_dtd(Path(self.dtd_dir))
             textures = load_textures(self.dtd_dir, TEXTURES_KEPT, TEXTURE_SIZE, generator)
         return AnomalySynthesis(textures, kinds=self.defects)
 
     def train_dataloader(self) -> DataLoader:
         """The training pairs; asked for once the module is on its device, so this is where images are read."""
-        self.data.synthesis.to(self.device)
-        self.data.load(self.extract, self.device)
-        return self.data.train_dataloader(self._start_epoch)
+        if self._data is None:
+            self._data = TrainingData(
+                self._source.dataloader(),
+                self.pre_processor.transform if self.pre_processor else None,
+                synthesis=self.configure_synthesis().to(self.device),
+                batch_size=self.batch_size,
+                holdout_ratio=self.holdout_ratio,
+                seed=int(self.fit_seed),
+                memory_budget=self.memory_budget,
+                memory_dtype=self.memory_dtype,
+                num_replicas=self.trainer.world_size,
+                rank=self.trainer.global_rank,
+            )
+            self._data.load(self.extract, self.device)
+        return self._data.train_dataloader(self._start_epoch)
 
     def extract(self, images: Tensor) -> list[Tensor]:
         """The backbone's features of training images, in the trainer's ``precision`` and kept in single precision."""
@@ -313,7 +324,17 @@ class Cse(AnomalibModule):
         return self._data
 
     def on_train_start(self) -> None:
-        """Train the decoder beforehand, if that is its mode and training is not being resumed."""
+        """Train the decoder beforehand, if that is its mode and training is not being resumed.
+
+        Raises:
+            ValueError: If a resumed run is given another end than the one that its schedule leads to.
+        """
+        begun, now = self.lr_schedulers().total_steps, self.trainer.estimated_stepping_batches  # type: ignore[union-attr]
+        if begun != now:
+            msg = (
+                f"the run to resume was given {begun} steps and is now given {now}: set max_epochs as it was, or begin "
+            )
+            raise ValueError(msg + "a new run with the model that load_from_checkpoint gives")
         if self.decoder_mode == "pretrained" and self.decoder is not None and self.trainer.ckpt_path is None:
             self.pretrain(self.decoder)
 
@@ -354,11 +375,18 @@ class Cse(AnomalibModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Deploy the embedder if its hold-out loss is the lowest yet (Section 4.1)."""
+        """Deploy the embedder if its hold-out loss is the lowest yet (Section 4.1).
+
+        Raises:
+            RuntimeError: If that loss is not a number.
+        """
         if not self.data.holdout:
             self.model.embedder.load_state_dict(self.embedder.state_dict())
             return
         loss = self.holdout_loss()
+        if not loss.isfinite():
+            msg = f"training diverged: hold-out loss {loss.item()} in epoch {self.current_epoch}; lower learning_rate"
+            raise RuntimeError(msg)
         self.log("val_loss", loss, prog_bar=True)
         if loss < self.best_loss:
             self.best_loss.copy_(loss)
@@ -371,12 +399,17 @@ class Cse(AnomalibModule):
         The embedder's BatchNorm statistics are first taken anew from all of these pairs: running averages over the
         last few small batches differ so much from one another that scores differ with them.
         """
-        pairs = list(self.data.holdout_features())
-        update_bn((([torch.cat(layer) for layer in zip(*pair[:2], strict=True)],) for pair in pairs), self.embedder)
+        # two passes rather than a list: they cost little, and a list would grow with the number of images
+        update_bn(
+            (([*map(torch.cat, zip(*pair[:2], strict=True))],) for pair in self.data.holdout_features()), self.embedder
+        )
         self.eval()
-        total = torch.stack([self.pair_loss(*pair) * len(pair[-1]) for pair in pairs]).sum()
+        total, count = torch.zeros((), device=self.device), 0
+        for first, second, corrupt in self.data.holdout_features():
+            total += self.pair_loss(first, second, corrupt) * len(corrupt)
+            count += len(corrupt)
         self.train()
-        return total / sum(len(corrupt) for *_, corrupt in pairs)
+        return total / count
 
     def on_train_end(self) -> None:
         """Give the kept weights their centres, thresholds and checkpoint, the first process's in every process."""
@@ -404,7 +437,7 @@ class Cse(AnomalibModule):
             for features in self.data.features()
         ]
         k = len(self.model.centres)
-        kmeans = KMeans(n_clusters=k, n_init=3, random_state=self.effective_seed).fit(torch.cat(embeddings).numpy())
+        kmeans = KMeans(n_clusters=k, n_init=3, random_state=int(self.fit_seed)).fit(torch.cat(embeddings).numpy())
         self.model.set_centres(torch.from_numpy(kmeans.cluster_centers_).to(self.model.centres))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -433,9 +466,10 @@ class Cse(AnomalibModule):
 
     def restore_validation(self) -> None:
         """Give the trainer its own ``limit_val_batches`` back."""
-        if self._limit_val_batches is not None:
-            self.trainer.limit_val_batches = self._limit_val_batches
-            self._limit_val_batches = None
+        if self._set_aside is not None:
+            trainer, limit = self._set_aside
+            trainer.limit_val_batches = limit
+            self._set_aside = None
 
     def teardown(self, stage: str) -> None:
         """Let go of the training images and leave the trainer as it was."""
@@ -447,11 +481,3 @@ class Cse(AnomalibModule):
         """Score a batch of labelled images, from which anomalib's post-processor takes the thresholds."""
         del batch_idx
         return batch.update(**self.model(batch.image)._asdict())
-
-
-def download_dtd(folder: Path) -> None:
-    """Download the Describable Textures Dataset to ``folder``, checked by its hash."""
-    from anomalib.data.utils import download_and_extract
-    from anomalib.models.image.draem.lightning_model import DTD_DOWNLOAD_INFO
-
-    download_and_extract(folder, DTD_DOWNLOAD_INFO)

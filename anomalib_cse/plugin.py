@@ -62,7 +62,9 @@ def register(package) -> None:  # noqa: ANN001
 
 def honour_seed(module) -> None:  # noqa: ANN001
     """Have ``--seed_everything N`` do for Cse what its help says; anomalib 2.7 accepts it and does nothing with it."""
-    instantiate_classes = module.AnomalibCLI.instantiate_classes
+    instantiate_classes = getattr(getattr(module, "AnomalibCLI", None), "instantiate_classes", None)
+    if instantiate_classes is None:  # another anomalib, whose command line must still work
+        return
 
     def seeded(self) -> None:  # noqa: ANN001
         config = self.config.get(self.config["subcommand"]) or {}

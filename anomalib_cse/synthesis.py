@@ -397,7 +397,7 @@ class AnomalySynthesis(v2.Transform):
                 source = textural(self.textures, drawn, p, images.shape[-2:])
             else:
                 source = gaussian_blur(chosen, p.kernel_size, self.sigma)
-            corrupted[at] = torch.where(p.mask, source, chosen).to(images.dtype)
+            corrupted[at] = torch.where(p.mask, source.to(images.dtype), images[at])
         return corrupted
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as TF
 
+TEXTURES_AT_ONCE = 32  # generating one takes 40 times the memory of keeping it
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -51,7 +52,13 @@ def read_texture(file: Path, size: int) -> Tensor:
 
 
 def builtin_textures(count: int, size: int, generator: Generator | None = None) -> Tensor:
-    """Textures that need no download: coloured noise of random grain, direction and contrast.
+    """Textures that need no download, ``(count, 3, size, size)`` uint8: see :func:`noise_textures`."""
+    sizes = [min(TEXTURES_AT_ONCE, count - done) for done in range(0, count, TEXTURES_AT_ONCE)]
+    return torch.cat([noise_textures(n, size, generator) for n in sizes])
+
+
+def noise_textures(count: int, size: int, generator: Generator | None = None) -> Tensor:
+    """Coloured noise of random grain, direction and contrast.
 
     Args:
         count: T, how many.

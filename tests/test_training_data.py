@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_cse.pairs import PairSampler, generator_for
@@ -160,16 +160,29 @@ def test_no_file_is_read_twice_where_the_budget_allows():
         list(batches(data))
         list(data.holdout_features())
         list(data.features())
-    assert data.loader.dataset.reads == 20
+    assert data.images.dataset.reads + data.augmented.dataset.reads == 20
 
 
-def test_nothing_is_kept_of_augmented_images():
+class Augmented(Images):
+    augmentations = RandomHorizontalFlip(p=1.0)
+
+    def __getitem__(self, index):
+        image = super().__getitem__(index).image.clone()
+        image[..., 0] = 1.0
+        return Item(self.augmentations(image) if self.augmentations else image)
+
+
+@pytest.mark.parametrize("wrap", [lambda dataset: dataset, lambda dataset: Subset(dataset, range(20))])
+def test_augmented_images_train_and_plain_ones_are_held_out(wrap):
     synthesis = AnomalySynthesis(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    images = Images(20)
-    images.augmentations = RandomHorizontalFlip()
-    data = TrainingData(DataLoader(images), None, synthesis=synthesis)
-    data.load(extract, DEVICE)
+    data = TrainingData(DataLoader(wrap(Augmented(20))), None, synthesis=synthesis)
+    data.load(lambda images: [images], DEVICE)
     assert data.needs == "both"
+    for _, ([first], _, _) in batches(data):
+        assert (first[..., -1] == 1).all()
+    for [first], _, _ in data.holdout_features():
+        assert (first[..., 0] == 1).all()
+    assert all((layer[..., 0] == 1).all() for [layer] in data.features())
 
 
 def test_half_precision():
@@ -182,7 +195,7 @@ def test_half_precision():
 def test_the_global_random_state_is_left_alone():
     state = torch.get_rng_state()
     data = training_data()
-    data.pair_features(next(iter(data.read_pairs(data.holdout_pairs()))), 0, 0)
+    data.pair_features(next(iter(data.read_pairs(data.images, data.holdout_pairs()))), 0, 0)
     assert torch.equal(torch.get_rng_state(), state)
 
 

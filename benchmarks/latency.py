@@ -1,0 +1,139 @@
+"""How long one image takes: Cse in torch, ONNX Runtime and OpenVINO, beside its bare backbone and anomalib's models.
+
+Every row is measured in a process of its own; milliseconds are medians of rounds. Weights are random (latency does not
+depend on them), images too, of the size that the model's own pre-processing asks for. Run by ``make bench-latency``.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import openvino
+import torch
+from anomalib.engine import Engine
+from anomalib.models import (
+    AnomalibModule,
+    EfficientAd,
+    Fastflow,
+    Padim,
+    Patchcore,
+    ReverseDistillation,
+)
+from torch import Tensor, nn
+
+from anomalib_cse import Cse
+
+from common import hardware, in_child, markdown
+
+BACKBONES = ("efficientnet_b3", "tf_efficientnet_lite0")
+RUNTIMES = ("backbone", "eager", "contiguous", "ONNX Runtime", "OpenVINO f32", "OpenVINO default", "OpenVINO INT8")
+
+
+def milliseconds(run: Callable[[Any], Any], image: Any, rounds: int) -> float:
+    """Median of ``rounds`` runs, after two that are not counted."""
+    seconds = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        run(image)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:]) * 1000
+
+
+def measured(run: Callable[[Tensor], Any], size: tuple[int, int], rounds: int) -> dict[str, Any]:
+    """Milliseconds for one image and, per image, for a batch of 8."""
+    with torch.inference_mode():
+        one = milliseconds(run, torch.rand(1, 3, *size), rounds)
+        eight = milliseconds(run, torch.rand(8, 3, *size), max(3, rounds // 4)) / 8
+    return {"ms, one image": one, "ms, batch of 8": eight}
+
+
+def cse(backbone: str) -> Cse:
+    """Cse with random weights and centres."""
+    model = Cse(backbone=backbone, pre_trained=False, seed=0).eval()
+    model.model.set_centres(torch.randn(model.model.centres.shape))
+    return model
+
+
+def runtime(backbone: str, name: str, rounds: int) -> dict[str, Any]:
+    """One way to run Cse's network, at the 224x224 that it sees."""
+    model, size = cse(backbone), (224, 224)
+    if name == "backbone":
+        return measured(model.model.backbone, size, rounds)
+    if name == "eager":
+        return measured(model.model, size, rounds)
+    if name == "contiguous":
+        return measured(model.model.to(memory_format=torch.contiguous_format), size, rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        files = exported(model, Path(folder), name)
+        megabytes = sum(file.stat().st_size for file in files) / 1e6
+        run = session(files[0], name)
+        return {**measured(lambda images: run(images.numpy()), size, rounds), "exported MB": megabytes}
+
+
+def exported(model: Cse, folder: Path, name: str) -> list[Path]:
+    """The files of the exported network."""
+    kind = "onnx" if name == "ONNX Runtime" else "openvino"
+    compression = {"compression_type": "int8"} if "INT8" in name else {}
+    network = Engine(default_root_dir=folder).export(model, kind, export_root=folder, **compression)
+    return [Path(network), *([Path(network).with_suffix(".bin")] if kind == "openvino" else [])]
+
+
+def session(file: Path, name: str) -> Callable[[np.ndarray], Any]:
+    """Something to call with a batch."""
+    if name == "ONNX Runtime":
+        onnx = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return lambda images: onnx.run(None, {"input": images})
+    hints = {"PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_PRECISION_HINT": "f32"} if "f32" in name else {})}
+    return openvino.Core().compile_model(file, "CPU", hints)
+
+
+def peer(name: str, rounds: int) -> dict[str, Any]:
+    """The network of another model of anomalib, in torch, as its authors run it."""
+    models: dict[str, Callable[[], AnomalibModule]] = {
+        "PatchCore WRN50": lambda: Patchcore(pre_trained=False),
+        "FastFlow WRN50": lambda: Fastflow("wide_resnet50_2", pre_trained=False),
+        "FastFlow ResNet18": lambda: Fastflow("resnet18", pre_trained=False),
+        "ReverseDistillation WRN50": lambda: ReverseDistillation("wide_resnet50_2", pre_trained=False),
+        "ReverseDistillation ResNet18": lambda: ReverseDistillation("resnet18", pre_trained=False),
+        "EfficientAd": EfficientAd,
+        "Padim": lambda: Padim(pre_trained=False),
+    }
+    model = models[name]().eval()
+    size = tuple(model.pre_processor.transform(torch.rand(1, 3, 300, 300)).shape[-2:])
+    network: nn.Module = model.model
+    if name.startswith("PatchCore"):
+        # 10 % of the patches of 280 images, as many as a middling category of MVTec AD has
+        with torch.inference_mode():
+            features = network.train()(torch.rand(1, 3, *size))
+            patches, channels = features.shape[0], features.shape[1]
+            network.eval().memory_bank = torch.rand(280 * patches // 10, channels)
+    if name == "Padim":
+        with torch.inference_mode():
+            network.train()(torch.rand(4, 3, *size))
+            network.fit()
+            network.eval()
+    return measured(network, size, rounds)
+
+
+def main() -> None:
+    """Measure one after the other and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    rounds = parser.parse_args().rounds
+    print(hardware())
+    rows = []
+    for backbone in BACKBONES:
+        for name in RUNTIMES:
+            rows.append({"model": f"Cse {backbone}", "runtime": name, **in_child(runtime, backbone, name, rounds)})
+            print(rows[-1], flush=True)
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

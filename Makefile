@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types install clean bench-training
+.PHONY: demo test lint types install clean bench-training bench-latency
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -34,6 +34,9 @@ test: install lint types
 # ARGS="--root ROOT --category NAME --dtd-dir DTD" for images of your own, ARGS=--scale for growing numbers of them
 bench-training: install
 	$(BIN)/python benchmarks/training.py $(ARGS)
+
+bench-latency: install
+	$(BIN)/python benchmarks/latency.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist

@@ -39,6 +39,7 @@ from .training_data import TrainingData
 
 DEFAULT_EPOCHS = 100  # Section 4.1
 DECODER_EPOCHS = 20  # for decoder="pretrained"; the paper gives no number
+MOST_CLUSTERED = 2**20  # positions for k-means, drawn at random beyond that, so that memory is bounded
 TEXTURES_KEPT = 512
 TEXTURE_SIZE = 256
 
@@ -432,10 +433,12 @@ class Cse(AnomalibModule):
     @torch.no_grad()
     def fit_centres(self) -> None:
         """k-means on the pooled embeddings of all defect-free training images (Section 3.5)."""
-        embeddings = [
-            pool(self.model.embedder(features), self.model.pool_size).movedim(1, -1).flatten(0, 2).cpu()
-            for features in self.data.features()
-        ]
+        generator = torch.Generator().manual_seed(int(self.fit_seed))
+        embeddings = []
+        for features in self.data.features():
+            found = pool(self.model.embedder(features), self.model.pool_size).movedim(1, -1).flatten(0, 2).cpu()
+            share = MOST_CLUSTERED * len(features[0]) / (len(found) * len(self.data.images))
+            embeddings.append(found[torch.rand(len(found), generator=generator) < share])
         k = len(self.model.centres)
         kmeans = KMeans(n_clusters=k, n_init=3, random_state=int(self.fit_seed)).fit(torch.cat(embeddings).numpy())
         self.model.set_centres(torch.from_numpy(kmeans.cluster_centers_).to(self.model.centres))

@@ -5,6 +5,7 @@ import platform
 import resource
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ def call(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
 
 
 def in_child(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Run ``function`` in a fresh process, so that neither memory nor threads are shared with another measurement."""
+    """Run ``function`` in a fresh process, so that neither memory nor threads are shared with another measurement.
+
+    What the process dies of stands in the result, so that the other measurements go on.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(call, function, *arguments).result()
+        try:
+            return pool.submit(call, function, *arguments).result()
+        except (RuntimeError, BrokenProcessPool) as error:
+            return {"failed": f"{type(error).__name__}: {str(error)[:80]}"}
 
 
 def peak_memory() -> float:

@@ -93,32 +93,31 @@ def session(file: Path, name: str) -> Callable[[np.ndarray], Any]:
     return openvino.Core().compile_model(file, "CPU", hints)
 
 
+PEERS: dict[str, Callable[[], AnomalibModule]] = {
+    "PatchCore WRN50": lambda: Patchcore(pre_trained=False),
+    "FastFlow WRN50": lambda: Fastflow("wide_resnet50_2", pre_trained=False),
+    "FastFlow ResNet18": lambda: Fastflow("resnet18", pre_trained=False),
+    "ReverseDistillation WRN50": lambda: ReverseDistillation("wide_resnet50_2", pre_trained=False),
+    "ReverseDistillation ResNet18": lambda: ReverseDistillation("resnet18", pre_trained=False),
+    "EfficientAd": EfficientAd,
+    "Padim ResNet18": lambda: Padim(pre_trained=False),
+}
+
+
 def peer(name: str, rounds: int) -> dict[str, Any]:
-    """The network of another model of anomalib, in torch, as its authors run it."""
-    models: dict[str, Callable[[], AnomalibModule]] = {
-        "PatchCore WRN50": lambda: Patchcore(pre_trained=False),
-        "FastFlow WRN50": lambda: Fastflow("wide_resnet50_2", pre_trained=False),
-        "FastFlow ResNet18": lambda: Fastflow("resnet18", pre_trained=False),
-        "ReverseDistillation WRN50": lambda: ReverseDistillation("wide_resnet50_2", pre_trained=False),
-        "ReverseDistillation ResNet18": lambda: ReverseDistillation("resnet18", pre_trained=False),
-        "EfficientAd": EfficientAd,
-        "Padim": lambda: Padim(pre_trained=False),
-    }
-    model = models[name]().eval()
+    """The network of another model of anomalib, eager, at the image size of its own pre-processing."""
+    model = PEERS[name]().eval()
     size = tuple(model.pre_processor.transform(torch.rand(1, 3, 300, 300)).shape[-2:])
     network: nn.Module = model.model
-    if name.startswith("PatchCore"):
-        # 10 % of the patches of 280 images, as many as a middling category of MVTec AD has
-        with torch.inference_mode():
-            features = network.train()(torch.rand(1, 3, *size))
-            patches, channels = features.shape[0], features.shape[1]
-            network.eval().memory_bank = torch.rand(280 * patches // 10, channels)
-    if name == "Padim":
-        with torch.inference_mode():
+    with torch.inference_mode():
+        if name.startswith("PatchCore"):  # 10 % of the patches of 280 images, a middling category of MVTec AD
+            patches, channels = network.train()(torch.rand(1, 3, *size)).shape
+            network.memory_bank = torch.rand(280 * patches // 10, channels)
+        if name.startswith("Padim"):
             network.train()(torch.rand(4, 3, *size))
             network.fit()
-            network.eval()
-    return measured(network, size, rounds)
+        network.eval()
+    return {**measured(network, size, rounds), "image": f"{size[0]}x{size[1]}"}
 
 
 def main() -> None:
@@ -127,11 +126,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
     print(hardware())
-    rows = []
-    for backbone in BACKBONES:
-        for name in RUNTIMES:
-            rows.append({"model": f"Cse {backbone}", "runtime": name, **in_child(runtime, backbone, name, rounds)})
-            print(rows[-1], flush=True)
+    rows = [
+        {"model": f"Cse {backbone}", "runtime": name, "image": "224x224", **in_child(runtime, backbone, name, rounds)}
+        for backbone in BACKBONES
+        for name in RUNTIMES
+    ]
+    rows += [{"model": name, "runtime": "eager", **in_child(peer, name, rounds)} for name in PEERS]
     print(markdown(rows))
 
 

@@ -1,5 +1,6 @@
 """anomalib's own command line, from configuration to exported model, on a tiny dataset."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -9,11 +10,16 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from anomalib import data as anomalib_data
+from anomalib import models as anomalib_models
 from anomalib.data import MVTecAD
+from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+from anomalib.utils.config import flatten_dict
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_cse import Cse
 
+BENCHMARKS = Path(__file__).parents[1] / "configs" / "benchmark"
 ANOMALIB = Path(sys.executable).with_name("anomalib")
 MODEL = {
     "backbone": "test_efficientnet",
@@ -27,7 +33,11 @@ MODEL = {
 DDP = """
 import os
 import torch
+from anomalib import data as anomalib_data
+from anomalib import models as anomalib_models
 from anomalib.data import MVTecAD
+from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+from anomalib.utils.config import flatten_dict
 from anomalib.engine import Engine
 from lightning.pytorch.callbacks import Callback
 from anomalib_cse import Cse
@@ -186,3 +196,13 @@ def test_every_configuration_is_accepted(tmp_path):
         data = [] if "data:" in file.read_text() else ["--data", "MVTec"]
         printed = anomalib(tmp_path, "train", "--config", file, *data, "--print_config")
         assert yaml.safe_load(printed)["model"]["class_path"].endswith("Cse")
+
+
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_benchmark_makes_one_table_of_what_the_models_accept(file):
+    rows = list(get_iterator_from_grid_dict(yaml.safe_load(file.read_text())["benchmark"]))
+    assert len({frozenset(flatten_dict(row)) for row in rows}) == 1  # anomalib's table needs the same columns
+    for row in rows:
+        model = getattr(anomalib_models, row["model"]["class_path"])
+        inspect.signature(model).bind(**row["model"]["init_args"])
+        inspect.signature(getattr(anomalib_data, row["data"]["class_path"])).bind(**row["data"]["init_args"])

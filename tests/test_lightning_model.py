@@ -103,6 +103,23 @@ def test_centres_are_kmeans_of_all_training_embeddings(mvtec_root, tmp_path):
     assert similarities.max(dim=1).values.min() > 0.999
 
 
+def test_centres_of_very_many_positions_are_those_of_a_sample(mvtec_root, tmp_path, monkeypatch):
+    clustered = []
+
+    class Recording(KMeans):
+        def fit(self, vectors):
+            clustered.append(len(vectors))
+            return super().fit(vectors)
+
+    monkeypatch.setattr("anomalib_cse.lightning_model.KMeans", Recording)
+    whole, _ = train(mvtec_root, tmp_path, 1)
+    monkeypatch.setattr("anomalib_cse.lightning_model.MOST_CLUSTERED", 20)
+    sample, _ = train(mvtec_root, tmp_path, 1)
+    assert clustered[0] == 10 * 2 * 2  # images, positions
+    assert 8 < clustered[1] < 32
+    assert whole.model.centres @ sample.model.centres.T > 0.99
+
+
 def test_batch_norm_statistics_are_those_of_the_hold_out(mvtec_root, tmp_path):
     class Note(Callback):
         def on_train_end(self, trainer, pl_module):

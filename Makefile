@@ -39,4 +39,4 @@ bench-latency: install
 	$(BIN)/python benchmarks/latency.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) dist openvino_cache

@@ -259,9 +259,9 @@ class Cse(AnomalibModule):
 
     def prepare_data(self) -> None:
         """Download DTD if asked to; Lightning has one process do this."""
-        missing = not any(Path(self.dtd_dir).rglob("*.jpg"))
-        if self.trainer.state.fn == TrainerFn.FITTING and self.download_dtd and missing:
-            download_and_extract(Path(self.dtd_dir), DTD_DOWNLOAD_INFO)
+        folder = Path(self.dtd_dir)
+        if self.trainer.state.fn == TrainerFn.FITTING and self.download_dtd and not any(folder.rglob("*.jpg")):
+            download_and_extract(folder, DTD_DOWNLOAD_INFO)
 
     def setup(self, stage: str) -> None:
         """Take charge of the training images: pairs and the hold-out cannot be had from shuffled batches."""
@@ -450,7 +450,18 @@ class Cse(AnomalibModule):
         checkpoint["hyper_parameters"].update(backbone=architecture, pre_trained=False, weights=None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the epoch to resume with, as Lightning asks for its first batches before it has restored that."""
+        """Note the epoch to resume with, as Lightning asks for its first batches before it has restored that.
+
+        Raises:
+            ValueError: If the checkpoint is of another backbone.
+        """
+        theirs, ours = checkpoint["hyper_parameters"]["backbone"], self.model.backbone.architecture
+        if theirs != ours:
+            msg = (
+                f"the checkpoint is of backbone {theirs}, the model has {ours}: give the arguments that it was trained "
+                "with, such as --model.backbone, or the config.yaml of that run"
+            )
+            raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         self._start_epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
@@ -461,11 +472,12 @@ class Cse(AnomalibModule):
         input_size: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> Path:
-        """As anomalib exports, at torch's own opset 18 unless ``opset_version`` is given.
+        """As anomalib exports, but to one file, and at torch's own opset 18.
 
         anomalib's 14 cannot be had of this graph: the conversion fails, with a traceback, and leaves 18.
         """
-        return super().to_onnx(export_root, model_file_name, input_size, **{"opset_version": 18, **kwargs})
+        defaults = {"opset_version": 18, "external_data": False}
+        return super().to_onnx(export_root, model_file_name, input_size, **{**defaults, **kwargs})
 
     def restore_validation(self) -> None:
         """Give the trainer its own ``limit_val_batches`` back."""

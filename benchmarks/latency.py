@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 import openvino
 import torch
+from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from anomalib.models import (
     AnomalibModule,
@@ -55,7 +56,7 @@ def measured(run: Callable[[Tensor], Any], size: tuple[int, int], rounds: int) -
 
 def cse(backbone: str) -> Cse:
     """Cse with random weights and centres."""
-    model = Cse(backbone=backbone, pre_trained=False, seed=0).eval()
+    model = Cse(backbone=backbone, pre_trained=False, pre_processor=False, seed=0).eval()
     model.model.set_centres(torch.randn(model.model.centres.shape))
     return model
 
@@ -79,8 +80,10 @@ def runtime(backbone: str, name: str, rounds: int) -> dict[str, Any]:
 def exported(model: Cse, folder: Path, name: str) -> list[Path]:
     """The files of the exported network."""
     kind = "onnx" if name == "ONNX Runtime" else "openvino"
-    compression = {"compression_type": "int8"} if "INT8" in name else {}
-    network = Engine(default_root_dir=folder).export(model, kind, export_root=folder, **compression)
+    compression = {"compression_type": CompressionType.INT8} if "INT8" in name else {}
+    network = Engine(default_root_dir=folder).export(
+        model, kind, export_root=folder, input_size=(224, 224), **compression
+    )
     return [Path(network), *([Path(network).with_suffix(".bin")] if kind == "openvino" else [])]
 
 

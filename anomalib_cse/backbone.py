@@ -54,25 +54,21 @@ class FrozenBackbone(nn.Module):
         architecture = timm_name(name)
         out_indices = resolve_layers(architecture, layers)
         options: dict[str, Any] = {"features_only": True, "out_indices": out_indices}
-        if not pre_trained:
-            if weights is not None:
-                msg = f"weights={str(weights)!r} with pre_trained=False: give weights or ask for random ones, not both"
-                raise ValueError(msg)
-            self.net = from_timm(architecture, pretrained=False, **options)
-        elif weights is not None or name == PYPI_BACKBONE or name.startswith(LOCAL):
-            if weights is not None and name != architecture:
-                msg = f"weights={str(weights)!r} with backbone={name!r}: two sources of weights, give one"
-                raise ValueError(msg)
-            self.net = from_timm(architecture, pretrained=False, **options)
-            if name == PYPI_BACKBONE:
-                load_weights(self.net, lite0_state_dict(), PYPI_PACKAGE)
-            else:
-                file = existing(weights or weights_in(name))
-                load_weights(self.net, timm.models.load_state_dict(str(file), weights_only=True), file)
-        else:
-            self.net = from_timm(architecture, pretrained=True, **options)
+        if weights is not None and not pre_trained:
+            msg = f"weights={str(weights)!r} with pre_trained=False: give weights or ask for random ones, not both"
+            raise ValueError(msg)
+        if weights is not None and name == PYPI_BACKBONE:
+            msg = f"weights={str(weights)!r} with backbone={name!r}: two sources of weights, give one"
+            raise ValueError(msg)
+        at_hand = weights is not None or name == PYPI_BACKBONE or name.startswith(LOCAL)
+        self.net = from_timm(architecture, pretrained=pre_trained and not at_hand, **options)
+        if pre_trained and name == PYPI_BACKBONE:
+            load_weights(self.net, lite0_state_dict(), PYPI_PACKAGE)
+        elif pre_trained and at_hand:
+            file = existing(weights or weights_in(name))
+            load_weights(self.net, timm.models.load_state_dict(str(file), weights_only=True), file)
         truncate(self.net)
-        self.net.to(memory_format=torch.channels_last)  # a third faster on a CPU
+        self.net.to(memory_format=torch.channels_last)  # what convolutions on a CPU prefer
         config = timm.data.resolve_data_config({}, model=self.net)
         self.architecture: str = self.net.pretrained_cfg["architecture"]  # type: ignore[assignment, index]
         self.channels: list[int] = self.net.feature_info.channels()  # type: ignore[operator, union-attr]
@@ -157,9 +153,8 @@ def from_timm(architecture: str, **options: Any) -> nn.Module:
 
 def weights_in(name: str) -> Path:
     """The file with the weights in the folder of a ``local-dir:`` name: that of safetensors, or else torch's."""
-    folder = Path(name.removeprefix(LOCAL))
-    pickled = folder / "pytorch_model.bin"
-    return pickled if pickled.exists() and not (folder / "model.safetensors").exists() else folder / "model.safetensors"
+    safe, pickled = (Path(name.removeprefix(LOCAL)) / file for file in ("model.safetensors", "pytorch_model.bin"))
+    return safe if safe.exists() or not pickled.exists() else pickled
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:

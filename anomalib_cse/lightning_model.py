@@ -333,9 +333,10 @@ class Cse(AnomalibModule):
         begun, now = self.lr_schedulers().total_steps, self.trainer.estimated_stepping_batches  # type: ignore[union-attr]
         if begun != now:
             msg = (
-                f"the run to resume was given {begun} steps and is now given {now}: set max_epochs as it was, or begin "
+                f"the run to resume was given {begun} steps and is now given {now}: set max_epochs as it was, "
+                "or begin a new run with the model that load_from_checkpoint gives"
             )
-            raise ValueError(msg + "a new run with the model that load_from_checkpoint gives")
+            raise ValueError(msg)
         if self.decoder_mode == "pretrained" and self.decoder is not None and self.trainer.ckpt_path is None:
             self.pretrain(self.decoder)
 
@@ -361,8 +362,7 @@ class Cse(AnomalibModule):
             second: Those of the second images.
             corrupt: Whether the second is corrupted, ``(B,)`` bool.
         """
-        # one pass, so that BatchNorm sees clean and corrupted images together, as its running statistics do
-        embeddings = self.embedder([torch.cat(layer) for layer in zip(first, second, strict=True)])  # (2B, D, H, W)
+        embeddings = self.embedder(together(first, second))  # (2B, D, H, W)
         pooled_first, pooled_second = pool(embeddings, self.model.pool_size).chunk(2)
         sizes = [f.shape[-2:] for f in first]
         reconstructions = self.decoder(embeddings[: len(corrupt)], sizes) if self.decoder else ()
@@ -402,7 +402,8 @@ class Cse(AnomalibModule):
         """
         # two passes rather than a list: they cost little, and a list would grow with the number of images
         update_bn(
-            (([*map(torch.cat, zip(*pair[:2], strict=True))],) for pair in self.data.holdout_features()), self.embedder
+            ((together(first, second),) for first, second, _ in self.data.holdout_features()),
+            self.embedder,
         )
         self.eval()
         total, count = torch.zeros((), device=self.device), 0
@@ -496,3 +497,8 @@ class Cse(AnomalibModule):
         """Score a batch of labelled images, from which anomalib's post-processor takes the thresholds."""
         del batch_idx
         return batch.update(**self.model(batch.image)._asdict())
+
+
+def together(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Features of both images of B pairs as one batch of 2B, so that BatchNorm sees clean and corrupted ones alike."""
+    return [torch.cat(layer) for layer in zip(first, second, strict=True)]

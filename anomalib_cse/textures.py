@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from torchvision.transforms.v2 import functional as TF
 
-TEXTURES_AT_ONCE = 32  # generating one takes 40 times the memory of keeping it
+TEXTURES_AT_ONCE = 32  # generating one takes many times the memory of keeping it
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 

@@ -225,8 +225,6 @@ class TrainingData:
 
     def new_holdout_features(self) -> Iterator[tuple[PairBatch, list[Tensor]]]:
         """The batches of held-out pairs with the features that are not kept of them."""
-        if not self.holdout:
-            return
         for number, batch in enumerate(self.read_pairs(self.images, self.holdout_pairs())):
             on_device = move_data_to_device(batch, self.device)
             yield on_device, self.new_features(on_device, HOLDOUT_DEFECTS, number)

@@ -19,19 +19,17 @@ results = Path(engine.trainer.default_root_dir)
 
 print("Scoring the test images with the model just trained")
 scored = [image for batch in engine.predict(model, datamodule=datamodule) for image in batch]
-overview = Image.new("RGB", (0, 0))
-verdicts = []
+pictures, verdicts = [], []
 for kind in ("good", *DEFECTS):
     images = sorted(
         (image for image in scored if Path(image.image_path).parent.name == kind), key=lambda image: image.pred_score
     )
     verdicts.append(f"{kind}: {sum(bool(image.pred_label) for image in images)} of {len(images)} called anomalous")
     middling = Path(images[len(images) // 2].image_path).name
-    picture = Image.open(next(results.glob(f"images/**/{kind}/{middling}")))
-    taller = Image.new("RGB", (picture.width, overview.height + picture.height))
-    taller.paste(overview)
-    taller.paste(picture, (0, overview.height))
-    overview = taller
+    pictures.append(Image.open(next(results.glob(f"images/**/{kind}/{middling}"))))
+overview = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures)))
+for row, picture in enumerate(pictures):
+    overview.paste(picture, (0, row * picture.height))
 overview.save(results / "overview.png")
 
 exported = engine.export(model, export_type="openvino", export_root=results)

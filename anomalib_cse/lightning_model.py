@@ -8,8 +8,9 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataModule, Batch
 from anomalib.data.utils import download_and_extract
+from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.models.image.draem.lightning_model import DTD_DOWNLOAD_INFO
@@ -30,11 +31,12 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from .loss import CseLoss, decoder_loss
+from .openvino_ir import compress_weights, keep_single_precision, quantize
 from .pairs import PairBatch
 from .pre_processing import EvaluationPreProcessing, ExactPreProcessor
 from .synthesis import KINDS, AnomalySynthesis
 from .textures import builtin_textures, load_textures
-from .torch_model import CseModel, Decoder, Embedder, pool
+from .torch_model import CseModel, Decoder, Embedder, fold_batch_norm, pool
 from .training_data import TrainingData
 
 DEFAULT_EPOCHS = 100  # Section 4.1
@@ -478,7 +480,42 @@ class Cse(AnomalibModule):
         anomalib's 14 cannot be had of this graph: the conversion fails, with a traceback, and leaves 18.
         """
         defaults = {"opset_version": 18, "external_data": False}
-        return super().to_onnx(export_root, model_file_name, input_size, **{**defaults, **kwargs})
+        embedder = self.model.embedder
+        self.model.embedder = fold_batch_norm(embedder)
+        try:
+            return super().to_onnx(export_root, model_file_name, input_size, **{**defaults, **kwargs})
+        finally:
+            self.model.embedder = embedder
+
+    def to_openvino(  # type: ignore[override]
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """As anomalib exports, but scores do not depend on the precision that a processor prefers.
+
+        To compress the model is to accept rounding of the network, so then only the pre-processing stays as it is.
+        """
+        path = super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
+        keep_single_precision(path, only_before_convolution=compression_type is not None)
+        return path
+
+    def _compress_ov_model(
+        self,
+        model: Any,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        *args: Any,
+    ) -> Any:
+        """As anomalib compresses, but for the pre-processing, which must stay as it is."""
+        if compression_type == CompressionType.INT8:
+            return compress_weights(model)
+        if compression_type == CompressionType.INT8_PTQ and datamodule is not None:
+            return quantize(model, datamodule)
+        return super()._compress_ov_model(model, compression_type, datamodule, *args)
 
     def restore_validation(self) -> None:
         """Give the trainer its own ``limit_val_batches`` back."""

@@ -3,30 +3,17 @@
 import copy
 from typing import Any
 
-import torch
 from anomalib.data.transforms import ExportableCenterCrop
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
 
-
-def resize_matrix(in_size: int, out_size: int, device: torch.device | None = None) -> Tensor:
-    """Weights of antialiased bilinear resizing along one axis, ``(out_size, in_size)``, rows summing to 1.
-
-    Output i is centred at ``(i + 1/2) * n / m`` between n input and m output samples; its weights are a triangle of
-    half-width ``max(n / m, 1)``. Multiplied by 2 m all of it is whole numbers, so that no precision that a runtime
-    chooses for its arithmetic can move an index.
-    """
-    centre = (2 * torch.arange(out_size, device=device) + 1) * in_size  # 2 m times the centre of output i
-    sample = (2 * torch.arange(in_size, device=device) + 1) * out_size  # 2 m times the centre of input j
-    half_width = 2 * torch.sym_max(in_size, out_size)
-    weights = (half_width - (sample[None] - centre[:, None]).abs()).clamp(min=0)  # type: ignore[union-attr]
-    return weights / weights.sum(dim=1, keepdim=True)
+from .resize import resize
 
 
 class ExactResize(nn.Module):
-    """Antialiased bilinear resizing as two matrix products; equal to torchvision's ``Resize`` and exportable.
+    """Antialiased bilinear resizing that exports; equal to torchvision's ``Resize``.
 
     Args:
         size: Height and width of the output.
@@ -38,9 +25,7 @@ class ExactResize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize ``(B, C, H, W)`` to ``(B, C, *size)``."""
-        rows = resize_matrix(images.shape[-2], self.size[0], images.device)
-        columns = resize_matrix(images.shape[-1], self.size[1], images.device)
-        return rows @ images @ columns.T
+        return resize(images, self.size)
 
 
 def exportable(transform: Transform) -> nn.Module:

@@ -1,7 +1,10 @@
 """The CSE network: frozen features, a small embedder and the distance to the centres (Sections 3.2 and 3.5)."""
 
+import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import FrozenBackbone
+from .resize import resize
 
 
 def pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -19,9 +23,7 @@ def pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
 def fuse(features: Sequence[Tensor]) -> Tensor:
     """Upsample all maps to the largest one and concatenate them: ``(B, C1 + C2 + ..., H, W)`` (Section 3.2)."""
     size = max((f.shape[-2:] for f in features), key=lambda s: s[0] * s[1])
-    return torch.cat(
-        [f if f.shape[-2:] == size else F.interpolate(f, size=size, mode="bilinear") for f in features], dim=1
-    )
+    return torch.cat([f if f.shape[-2:] == size else resize(f, size) for f in features], dim=1)
 
 
 class Embedder(nn.Sequential):
@@ -39,6 +41,20 @@ class Embedder(nn.Sequential):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """The embedding before pooling ``(B, D, H, W)``, at the size of the largest feature map."""
         return super().forward(fuse(features))
+
+
+def fold_batch_norm(embedder: Embedder) -> Embedder:
+    """A copy that computes the same with every BatchNorm but the last in the convolution that follows it."""
+    folded: Any = copy.deepcopy(embedder).eval()
+    for block, following in pairwise(folded):
+        convolution, norm = following[0], block[2]
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        weight = convolution.weight[:, :, 0, 0]
+        convolution.bias.data += weight @ shift
+        convolution.weight.data = (weight * scale)[:, :, None, None]
+        block[2] = nn.Identity()
+    return folded
 
 
 class Decoder(nn.Module):
@@ -83,7 +99,9 @@ def cosine_distances(embedding: Tensor, centres: Tensor) -> Tensor:
     Returns:
         ``(B, K, H, W)`` in [0, 2].
     """
-    return 1 - F.conv2d(F.normalize(embedding, dim=1), centres[:, :, None, None])
+    # no convolution, which runtimes round where they can; what follows the last one they leave in single precision
+    directions = F.normalize(embedding, dim=1)[:, None]  # (B, 1, D, H, W)
+    return 1 - (directions * centres[:, :, None, None]).sum(dim=2)
 
 
 class CseModel(nn.Module):
@@ -149,5 +167,5 @@ class CseModel(nn.Module):
             msg = "the centres are not fitted: train the model, load a trained checkpoint or call set_centres"
             raise RuntimeError(msg)
         distances = cosine_distances(self.embed(images), self.centres)  # (B, K, h, w)
-        anomaly_map = F.interpolate(distances.amin(1, keepdim=True), size=images.shape[-2:], mode="bilinear")
+        anomaly_map = resize(distances.amin(1, keepdim=True), images.shape[-2:])
         return InferenceBatch(pred_score=distances.mean(dim=(2, 3)).amin(1), anomaly_map=anomaly_map)

@@ -33,8 +33,7 @@ for row, picture in enumerate(pictures):
 overview.save(results / "overview.png")
 
 exported = engine.export(model, export_type="openvino", export_root=results)
-# full precision: by default OpenVINO rounds to bfloat16 on processors that have it
-inferencer = OpenVINOInferencer(exported, config={"INFERENCE_PRECISION_HINT": "f32"})
+inferencer = OpenVINOInferencer(exported)
 photograph = Path(datamodule.root) / datamodule.category / "test" / "thread" / "000.png"
 deployed = inferencer.predict(photograph)
 [predicted] = engine.predict(model, dataset=PredictDataset(photograph))

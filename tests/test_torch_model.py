@@ -1,9 +1,10 @@
 import pytest
 import torch
 from anomalib.data import InferenceBatch
+from torch import nn
 from torch.nn import functional as F
 
-from anomalib_cse.torch_model import CseModel, Decoder, Embedder, cosine_distances, fuse, pool
+from anomalib_cse.torch_model import CseModel, Decoder, Embedder, cosine_distances, fold_batch_norm, fuse, pool
 
 TINY = {"backbone": "test_efficientnet", "layers": (2, 3), "pre_trained": False}
 
@@ -17,7 +18,19 @@ def fitted(**options):
 def test_fuse_upsamples_to_the_largest_and_concatenates():
     fine, coarse = torch.rand(2, 3, 7, 9), torch.rand(2, 5, 4, 5)
     expected = torch.cat([fine, F.interpolate(coarse, size=(7, 9), mode="bilinear")], dim=1)
-    assert torch.equal(fuse([fine, coarse]), expected)
+    assert torch.allclose(fuse([fine, coarse]), expected, atol=1e-6)
+
+
+def test_folding_batch_norm_changes_nothing():
+    embedder = Embedder(8, 3).eval()
+    for block in embedder:
+        for value in (block[2].running_mean, block[2].running_var, block[2].weight.data, block[2].bias.data):
+            value.uniform_(0.5, 2)
+    before = {name: value.clone() for name, value in embedder.state_dict().items()}
+    folded, features = fold_batch_norm(embedder), [torch.rand(2, 8, 5, 4)]
+    assert torch.allclose(folded(features), embedder(features), atol=1e-5)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 1
+    assert all(torch.equal(value, before[name]) for name, value in embedder.state_dict().items())
 
 
 def test_embedder_equals_matrix_products():

@@ -1,0 +1,30 @@
+"""Bilinear resizing as two matrix products: equal to torch's, and it exports to what it is."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def resize_matrix(in_size: int, out_size: int, device: torch.device | None = None) -> Tensor:
+    """Weights of antialiased bilinear resizing along one axis, ``(1, 1, out_size, in_size)``, rows summing to 1.
+
+    Output i is centred at ``(i + 1/2) * n / m`` between n input and m output samples; its weights are a triangle of
+    half-width ``max(n / m, 1)``. Multiplied by 2 m all of it is whole numbers, so that no precision that a runtime
+    chooses for its arithmetic can move an index.
+
+    The rest is written so that OpenVINO takes the operations as they are: divisions, subtractions, changes of rank and
+    products of unequal ranks it replaces by others, and with them goes what is said of their precision.
+    """
+    centre = (2 * torch.arange(out_size, device=device)[None, None, :, None] + 1) * in_size  # of output i, times 2 m
+    sample = (2 * torch.arange(in_size, device=device)[None, None, None] + 1) * out_size  # of input j, times 2 m
+    half_width = 2 * torch.sym_max(in_size, out_size)
+    weights = (half_width - (sample - centre).abs()).clamp(min=0)  # type: ignore[union-attr]
+    return weights * (weights.sum(dim=-1, keepdim=True).log() * -1).exp()  # weights / their sum
+
+
+def resize(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize ``(B, C, H, W)`` to ``(B, C, *size)``, antialiased where it reduces."""
+    rows = resize_matrix(images.shape[-2], size[0], images.device)
+    columns = resize_matrix(images.shape[-1], size[1], images.device)
+    return rows.to(images.dtype) @ images @ columns.to(images.dtype).mT

@@ -1,0 +1,82 @@
+"""Score a folder of images, a video or a camera with an exported Cse, several frames at once.
+
+    python examples/camera_loop.py exported/weights/openvino/model.xml SOURCE --rejects rejects
+
+Needs openvino, opencv and numpy alone. The exported model takes frames of any size; its scores are scaled so that the
+threshold it was trained to is 0.5. A higher ``--threshold`` rejects less: choose it on images of your own line, such
+that as many good ones are rejected as you can look at again.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openvino
+
+
+def frames(source: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and BGR image ``(H, W, 3)`` of every file in a folder, or of every frame of a video or camera.
+
+    Raises:
+        SystemExit: If the source or one of the files cannot be read.
+    """
+    if Path(source).is_dir():
+        for path in sorted(Path(source).iterdir()):
+            image = cv2.imread(str(path))
+            if image is None:
+                raise SystemExit(f"{path} is no image that OpenCV reads: take it out of the folder")
+            yield path.name, image
+        return
+    capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
+    if not capture.isOpened():
+        raise SystemExit(f"{source} is no folder, no video and no number of a camera that OpenCV can open")
+    for number in count():
+        read, image = capture.read()
+        if not read:
+            return
+        yield f"{number:06}", image
+
+
+def side_by_side(frame: np.ndarray, anomaly_map: np.ndarray) -> np.ndarray:
+    """A frame, at the size of its map, and the map in colours."""
+    colours = cv2.applyColorMap((255 * anomaly_map).astype(np.uint8), cv2.COLORMAP_JET)
+    return np.hstack([cv2.resize(frame, colours.shape[1::-1], interpolation=cv2.INTER_AREA), colours])
+
+
+def main() -> None:
+    """Load the model once, keep it busy, and print scores and rate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the exported model.xml")
+    parser.add_argument("source", help="a folder of images, a video file, or a camera's number")
+    parser.add_argument("--threshold", type=float, default=0.5, help="reject what scores above, in [0, 1]")
+    parser.add_argument("--rejects", type=Path, default=Path("rejects"), help="folder for pictures of what is rejected")
+    options = parser.parse_args()
+    options.rejects.mkdir(parents=True, exist_ok=True)
+    compiled = openvino.Core().compile_model(options.model, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
+    queue = openvino.AsyncInferQueue(compiled)  # as many requests as the processor runs well at once
+    scores: dict[str, float] = {}
+
+    def finished(request: openvino.InferRequest, job: tuple[str, np.ndarray]) -> None:
+        name, frame = job
+        score = scores[name] = request.get_tensor("pred_score").data.item()
+        print(f"{name} {score:.4f}")
+        if score > options.threshold:
+            picture = side_by_side(frame, request.get_tensor("anomaly_map").data.squeeze())
+            cv2.imwrite(str(options.rejects / f"{name}.png"), picture)
+
+    queue.set_callback(finished)
+    start = time.perf_counter()
+    for name, frame in frames(options.source):
+        # waits while all requests are busy, so that a fast camera does not fill the memory
+        queue.start_async(cv2.dnn.blobFromImage(frame, 1 / 255, swapRB=True), (name, frame))
+    queue.wait_all()
+    seconds, rejected = time.perf_counter() - start, sum(score > options.threshold for score in scores.values())
+    print(f"{len(scores)} frames in {seconds:.1f} s, {len(scores) / seconds:.0f} a second; {rejected} rejected")
+
+
+if __name__ == "__main__":
+    main()

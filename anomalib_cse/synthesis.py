@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from .checks import check_number, check_range, is_within
 from .colour import hsv_to_rgb, rgb_to_hsv
 from .perlin import perlin_masks, rotate
 
@@ -210,13 +211,6 @@ def textural(textures: Tensor, drawn: Tensor, params: SynthesisParams, size: tor
     return operate(chosen, drawn, params, TEXTURAL_OPERATIONS)
 
 
-def check_range(name: str, values: tuple[float, float], low: float, high: float) -> None:
-    """Raise a ``ValueError`` unless ``low <= values[0] <= values[1] <= high``."""
-    if not (len(values) == 2 and low <= values[0] <= values[1] <= high):
-        msg = f"{name} must be two increasing numbers in [{low}, {high}], got {values}"
-        raise ValueError(msg)
-
-
 class AnomalySynthesis(v2.Transform):
     """Paint synthetic defects into images, a whole batch at a time; a torchvision v2 transform.
 
@@ -244,7 +238,7 @@ class AnomalySynthesis(v2.Transform):
         solarise: Range of the value above which textures are inverted.
         bits: Range of the bits a channel that posterising keeps, in 1..8.
         kernel_size: Range of the odd width of the blur in pixels, in 1..31.
-        sigma: Standard deviation of the blur in pixels, above 0.
+        sigma: Standard deviation of the blur in pixels, in [0.01, 1000].
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -278,33 +272,39 @@ class AnomalySynthesis(v2.Transform):
         sigma: float = 6.0,
     ) -> None:
         super().__init__()
-        weights = kinds if isinstance(kinds, Mapping) else dict.fromkeys(kinds, 1.0)
-        if not weights or not set(weights) <= set(KINDS) or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-            msg = f"kinds must be some of {KINDS}, with weights of at least 0 if any, got {kinds}"
+        weights = dict.fromkeys(kinds, 1.0) if isinstance(kinds, Sequence) else kinds
+        allowed = isinstance(weights, Mapping) and set(weights) <= set(KINDS)
+        if not allowed or not all(is_within(w, "[0, inf)") for w in weights.values()) or not any(weights.values()):
+            msg = f"kinds must be some of {KINDS}, with weights of at least 0 if any, got {kinds!r}"
             raise ValueError(msg)
-        if textures.ndim != 4 or textures.shape[1] != 3 or textures.dtype != torch.uint8 or not len(textures):
-            msg = f"textures must be (T, 3, h, w) uint8 with T > 0, got {tuple(textures.shape)} {textures.dtype}"
+        shape: tuple = tuple(getattr(textures, "shape", ()))
+        dtype = getattr(textures, "dtype", type(textures))
+        if dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or 0 in shape:
+            msg = f"textures must be (T, 3, h, w) uint8, none of them 0, got {shape} {dtype}"
             raise ValueError(msg)
-        check_range("(0, probability)", (0, probability), 0, 1)
-        check_range("(0, max_exponent)", (0, max_exponent), 0, 5)
-        check_range("(0, mask_threshold)", (0, mask_threshold), 0, 0.7)
-        check_range("(0, mask_angle)", (0, mask_angle), 0, 180)
-        check_range("(0, angle)", (0, angle), 0, 180)
-        check_range("(1, grid)", (1, grid), 1, 256)
-        check_range("brightness", brightness, 0, 10)
-        check_range("(0, offset)", (0, offset), 0, 1)
-        check_range("hue", hue, 0, 10)
-        check_range("saturation", saturation, 0, 10)
-        check_range("(0, shift)", (0, shift), 0, 1)
-        check_range("gamma", gamma, 0.01, 100)
-        check_range("sharpness", sharpness, 0, 100)
-        check_range("solarise", solarise, 0, 1)
-        check_range("bits", bits, 1, 8)
-        check_range("kernel_size", kernel_size, 1, MAX_KERNEL_SIZE)
+        if generator is not None and not isinstance(generator, Generator):
+            msg = f"generator must be a torch.Generator or None, got {generator!r}"
+            raise ValueError(msg)
+        check_number("probability", probability, "[0, 1]")
+        check_number("max_exponent", max_exponent, "[0, 5]", whole=True)
+        check_number("mask_threshold", mask_threshold, "[0, 0.7]")
+        check_number("mask_angle", mask_angle, "[0, 180]")
+        check_number("angle", angle, "[0, 180]")
+        check_number("grid", grid, "[1, 256]", whole=True)
+        check_range("brightness", brightness, "[0, 10]")
+        check_number("offset", offset, "[0, 1]")
+        check_range("hue", hue, "[0, 10]")
+        check_range("saturation", saturation, "[0, 10]")
+        check_number("shift", shift, "[0, 1]")
+        check_range("gamma", gamma, "[0.01, 100]")
+        check_range("sharpness", sharpness, "[0, 100]")
+        check_range("solarise", solarise, "[0, 1]")
+        check_range("bits", bits, "[1, 8]", whole=True)
+        check_range("kernel_size", kernel_size, f"[1, {MAX_KERNEL_SIZE}]", whole=True)
         if kernel_size[0] == kernel_size[1] and kernel_size[0] % 2 == 0:
             msg = f"kernel_size must include an odd width, got {kernel_size}"
             raise ValueError(msg)
-        check_range("(0.01, sigma)", (0.01, sigma), 0.01, 1000)
+        check_number("sigma", sigma, "[0.01, 1000]")
         self.register_buffer("textures", textures, persistent=False)
         self.kind_weights = torch.tensor([float(weights.get(kind, 0.0)) for kind in KINDS])
         self.probability = probability

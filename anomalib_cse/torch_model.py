@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import FrozenBackbone
+from .checks import check_number
 from .resize import resize
 
 
@@ -117,7 +118,7 @@ class CseModel(nn.Module):
         num_centres: K (1 in all of the paper's results).
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If an argument is outside its range.
     """
 
     centres: Tensor
@@ -134,9 +135,7 @@ class CseModel(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in {"embedding_dim": embedding_dim, "pool_size": pool_size, "num_centres": num_centres}.items():
-            if value < 1:
-                msg = f"{name} must be at least 1, got {value}"
-                raise ValueError(msg)
+            check_number(name, value, "[1, inf)", whole=True)
         self.pool_size = pool_size
         self.backbone = FrozenBackbone(backbone, layers, pre_trained, weights)
         self.embedder = Embedder(sum(self.backbone.channels), embedding_dim)

@@ -160,5 +160,5 @@ def test_unfitted_centres():
 
 @pytest.mark.parametrize("name", ["embedding_dim", "pool_size", "num_centres"])
 def test_numbers_below_one(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=rf"{name} must be a whole number in \[1, inf\), got 0"):
         CseModel(**TINY, **{name: 0})

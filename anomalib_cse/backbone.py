@@ -78,6 +78,7 @@ class FrozenBackbone(nn.Module):
         self.net.to(memory_format=torch.channels_last)  # what convolutions on a CPU prefer
         config = timm.data.resolve_data_config({}, model=self.net)
         self.architecture: str = self.net.pretrained_cfg["architecture"]  # type: ignore[assignment, index]
+        self.levels = out_indices
         self.stride: int = max(self.net.feature_info.reduction())  # type: ignore[operator, union-attr]
         self.channels: list[int] = self.net.feature_info.channels()  # type: ignore[operator, union-attr]
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))

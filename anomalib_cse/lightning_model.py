@@ -1,6 +1,7 @@
 """CSE in anomalib: data, training recipe, centres and what is kept of it all (Sections 3 and 4.1)."""
 
 import copy
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from anomalib.models.image.draem.lightning_model import DTD_DOWNLOAD_INFO
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -30,6 +32,8 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
+from .backbone import resolve_layers
+from .checkpoints import WholeCheckpointIO
 from .checks import check_flag, check_number, check_size
 from .loss import CseLoss, decoder_loss
 from .openvino_ir import compress_weights, keep_single_precision, quantize
@@ -43,6 +47,7 @@ from .training_data import TrainingData
 DEFAULT_EPOCHS = 100  # Section 4.1
 DECODER_EPOCHS = 20  # for decoder="pretrained"; the paper gives no number
 MOST_CLUSTERED = 2**20  # positions for k-means, drawn at random beyond that, so that memory is bounded
+SHAPING = ("layers", "embedding_dim", "pool_size", "num_centres", "decoder")  # a checkpoint fits a model with its own
 TEXTURES_KEPT = 512
 TEXTURE_SIZE = 256
 
@@ -67,7 +72,7 @@ class Cse(AnomalibModule):
         contrast_weight: Weight of the contrastive loss against the decoder's.
         dtd_dir: Folder with texture photographs, such as DTD; ``"builtin"``, the default, generates
             textures instead of the paper's DTD and needs no download.
-        download_dtd: Download DTD to ``dtd_dir`` if that does not exist.
+        download_dtd: Download DTD to ``dtd_dir`` if that does not exist or is empty.
         defects: Kinds of synthetic defects, out of ``structural``, ``textural`` and ``blur``.
         batch_size: Pairs per training step. The datamodule's batch size is that of reading.
         learning_rate: Peak of the one-cycle schedule.
@@ -266,17 +271,39 @@ class Cse(AnomalibModule):
         return self
 
     def prepare_data(self) -> None:
-        """Download DTD if asked to; Lightning has one process do this."""
+        """Download DTD if asked to; Lightning has one process do this.
+
+        The folder is complete once it is there, and anomalib checks the archive's hash only right after a download, so
+        what is left of one that was broken off is not used.
+        """
         folder = Path(self.dtd_dir)
-        if self.trainer.state.fn == TrainerFn.FITTING and self.download_dtd and not any(folder.rglob("*.jpg")):
-            download_and_extract(folder, DTD_DOWNLOAD_INFO)
+        if self.trainer.state.fn != TrainerFn.FITTING or not self.download_dtd:
+            return
+        if not folder.is_dir() or not any(folder.iterdir()):
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            download_and_extract(unfinished, DTD_DOWNLOAD_INFO)
+            unfinished.rename(folder)
 
     def setup(self, stage: str) -> None:
-        """Take charge of the training images: pairs and the hold-out cannot be had from shuffled batches."""
+        """Take charge of the training images: pairs and the hold-out cannot be had from shuffled batches.
+
+        Raises:
+            ValueError: If there is to be validation without any data.
+        """
+        trainer = self.trainer
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not the user's own
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
         self.restore_validation()  # if an earlier fit was broken off
         if stage != TrainerFn.FITTING:
             return
-        trainer = self.trainer
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, AnomalibDataModule) and trainer.limit_val_batches and not getattr(data, "val_data", None):
+            msg = (
+                f"{data.name} has no validation images, from which thresholds come (val_split_mode is "
+                f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
+            )
+            raise ValueError(msg)
         self.best_loss.fill_(torch.inf)
         self.model.centres.fill_(torch.nan)  # they would be those of another embedder
         self.fit_seed.fill_(trainer.strategy.broadcast(self.effective_seed))
@@ -336,8 +363,15 @@ class Cse(AnomalibModule):
         """Train the decoder beforehand, if that is its mode and training is not being resumed.
 
         Raises:
-            ValueError: If a resumed run is given another end than the one that its schedule leads to.
+            ValueError: If there are fewer embeddings than centres, or a resumed run is given another end than the one
+                that its schedule leads to.
         """
+        if len(self.model.centres) > 1:  # or k-means would fail when all the training is done
+            with torch.no_grad():
+                positions = pool(self.model.embedder(next(self.data.features())), self.model.pool_size)[0, 0].numel()
+            check_number(
+                "num_centres", len(self.model.centres), f"[1, {positions * len(self.data.images)}]", whole=True
+            )
         begun, now = self.lr_schedulers().total_steps, self.trainer.estimated_stepping_batches  # type: ignore[union-attr]
         if begun != now:
             msg = (
@@ -439,6 +473,17 @@ class Cse(AnomalibModule):
                 for path in {callback.best_model_path, callback.last_model_path} - {""}:
                     trainer.save_checkpoint(path, weights_only=callback.save_weights_only)
 
+    def on_fit_end(self) -> None:
+        """Finish a run that was broken off after its last epoch: resuming it, Lightning finds nothing to train."""
+        trainer = self.trainer
+        if trainer.ckpt_path is None or self._data is None or not self.model.centres.isnan().any():
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):  # it still names the file of the first run
+                now: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+                callback.best_model_path = callback.format_checkpoint_name(now | trainer.callback_metrics)
+        self.on_train_end()
+
     @torch.no_grad()
     def fit_centres(self) -> None:
         """k-means on the pooled embeddings of all defect-free training images (Section 3.5)."""
@@ -462,15 +507,19 @@ class Cse(AnomalibModule):
         """Note the epoch to resume with, as Lightning asks for its first batches before it has restored that.
 
         Raises:
-            ValueError: If the checkpoint is of another backbone.
+            ValueError: If the checkpoint is of a model with other arguments.
         """
-        theirs, ours = checkpoint["hyper_parameters"]["backbone"], self.model.backbone.architecture
-        if theirs != ours:
-            msg = (
-                f"the checkpoint is of backbone {theirs}, the model has {ours}: give the arguments that it was trained "
-                "with, such as --model.backbone, or the config.yaml of that run"
-            )
-            raise ValueError(msg)
+        ours = {name: self.hparams[name] for name in SHAPING} | {"backbone": self.model.backbone.architecture}
+        for name, own in ours.items():
+            theirs = checkpoint["hyper_parameters"][name]
+            if theirs != own and (
+                name != "layers" or resolve_layers(ours["backbone"], theirs) != self.model.backbone.levels
+            ):
+                msg = (
+                    f"the checkpoint is of {name} {theirs}, the model has {own}: give the arguments that it was "
+                    f"trained with, such as --model.{name}, or the config.yaml of that run"
+                )
+                raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         self._start_epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
@@ -537,9 +586,32 @@ class Cse(AnomalibModule):
         self.restore_validation()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
-        """Score a batch of labelled images, from which anomalib's post-processor takes the thresholds."""
+        """Score a batch of images; anomalib's post-processor takes the thresholds from labelled ones.
+
+        Raises:
+            ValueError: If a score is not a number.
+        """
         del batch_idx
-        return batch.update(**self.model(batch.image)._asdict())
+        scored = self.model(batch.image)
+        finite = scored.pred_score.isfinite()
+        if not finite.all():
+            paths = getattr(batch, "image_path", None) or [
+                f"image {number} of the batch" for number in range(len(finite))
+            ]
+            wrong = [str(path) for path, good in zip(paths, finite.tolist(), strict=True) if not good]
+            msg = f"no finite score for {', '.join(wrong)}: it holds NaN or infinite pixels, or they are not in [0, 1]"
+            raise ValueError(msg)
+        return batch.update(**scored._asdict())
+
+    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """As in validation."""
+        del args, kwargs
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """As in validation."""
+        del dataloader_idx
+        return self.validation_step(batch, batch_idx)
 
 
 def together(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, Subset
 
 
 class Pair(NamedTuple):
@@ -136,6 +136,25 @@ class PreparedImages(Dataset):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Tensor:
-        """One image ``(3, H, W)``."""
-        image = self.dataset[index].image
+        """One image ``(3, H, W)``.
+
+        Raises:
+            ValueError: If it cannot be read or holds NaN or infinite pixels.
+        """
+        try:
+            image = self.dataset[index].image
+        except Exception as error:  # Pillow has a dozen kinds for broken files
+            msg = f"training image {image_path(self.dataset, index)} cannot be read: {error}"
+            raise ValueError(msg) from error
+        if not image.isfinite().all():
+            msg = f"training image {image_path(self.dataset, index)} holds NaN or infinite pixels"
+            raise ValueError(msg)
         return self.transform(image) if self.transform else image
+
+
+def image_path(dataset: Any, index: int) -> str:
+    """The file of an image of an anomalib dataset or of a torch ``Subset`` of one, or else its number."""
+    if isinstance(dataset, Subset):
+        return image_path(dataset.dataset, dataset.indices[index])
+    samples = getattr(dataset, "samples", None)
+    return f"number {index}" if samples is None else str(samples.iloc[index].image_path)

@@ -1,0 +1,51 @@
+"""Checkpoints that are whole or not there."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and then renames it, so that the one before it is never half overwritten.
+
+    Lightning's own writes to the system's temporary folder and moves the file from there. Between file systems that is
+    a copy onto the old checkpoint, which a crash or a full disk leaves torn.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write ``checkpoint``.
+
+        Raises:
+            OSError: If it cannot be written; a checkpoint that was there before still is.
+        """
+        if "://" in str(path):  # remote storage, where an upload replaces the old object when it is complete
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path, unfinished = Path(path), Path(f"{path}.unfinished")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())  # or a power failure may leave the new name and none of the content
+            unfinished.replace(path)
+        except (OSError, RuntimeError) as error:  # a failed write reaches torch.save's archive as a RuntimeError
+            msg = f"checkpoint {path} cannot be written ({error}); one that was there before is as it was"
+            raise OSError(msg) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            ValueError: If the file is not a whole one.
+        """
+        try:
+            return super().load_checkpoint(path, *arguments, **options)
+        except (EOFError, RuntimeError) as error:  # what torch.load has for an empty and a truncated archive
+            msg = f"{path} is not a whole checkpoint ({error}); take the one before it"
+            raise ValueError(msg) from error

@@ -1,0 +1,149 @@
+"""Training sets as they come: tiny, all alike, without masks, with nothing to validate on, with broken files."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from anomalib.data import Folder
+from anomalib.data.utils import DownloadInfo
+from anomalib.engine import Engine
+
+from anomalib_cse import Cse
+
+TINY = {
+    "backbone": "test_efficientnet",
+    "layers": (2, 3),
+    "pre_trained": False,
+    "image_size": (64, 64),
+    "batch_size": 4,
+    "seed": 0,
+}
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+def surface(rng, defect=False):
+    image = rng.integers(90, 110, (72, 96, 3), dtype=np.uint8)
+    if defect:
+        image[20:50, 30:60] = 255
+    return image
+
+
+def folder(root, count, *, alike=False, defective=0, **options):
+    """A ``Folder`` of ``count`` training images; three good and three defective ones without masks to test with."""
+    rng = np.random.default_rng(0)
+    images = [surface(rng, number < defective) for number in range(count)]
+    test = {"test_good": [surface(rng) for _ in range(3)], "defect": [surface(rng, defect=True) for _ in range(3)]}
+    for name, members in {"good": images[:1] * count if alike else images, **test}.items():
+        (root / name).mkdir(parents=True)
+        for number, image in enumerate(members):
+            cv2.imwrite(str(root / name / f"{number}.png"), image)
+    places = {"normal_dir": "good", "abnormal_dir": "defect", "normal_test_dir": "test_good"}
+    return Folder("tiny", root=root, num_workers=0, **{**places, **options})
+
+
+def train(data, results, **options):
+    model = Cse(**{**TINY, **options})
+    engine = Engine(max_epochs=1, default_root_dir=results, **QUIET)
+    engine.fit(model, datamodule=data)
+    return model, engine
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (2, {}),
+        (3, {}),
+        (1, {"holdout_ratio": 0}),
+        (2, {"batch_size": 1, "image_size": (16, 16), "layers": (3,)}),  # BatchNorm with one pair of one position
+        (2, {"num_centres": 32}),  # as many as there are embeddings
+    ],
+    ids=str,
+)
+def test_very_few_images(count, options, tmp_path):
+    model, engine = train(folder(tmp_path / "data", count), tmp_path, **options)
+    assert model.model.centres.isfinite().all()
+    assert model.post_processor.image_threshold.isfinite()
+    [batch] = engine.predict(model, data_path=tmp_path / "data" / "defect" / "0.png")
+    assert batch.pred_score.isfinite()
+
+
+@pytest.mark.parametrize("options", [{"alike": True}, {"defective": 2}])
+def test_images_all_alike_and_defective_ones_among_them(options, tmp_path):
+    data = folder(tmp_path / "data", 6, **options)
+    model, engine = train(data, tmp_path, num_centres=2)
+    assert model.model.centres.isfinite().all()
+    [metrics] = engine.test(model, datamodule=data)
+    assert 0 <= metrics["image_AUROC"] <= 1
+
+
+def test_no_images(tmp_path):
+    with pytest.raises(RuntimeError, match=r"Found 0 .*NORMAL images in .*good"):
+        train(folder(tmp_path / "data", 0), tmp_path)
+    with pytest.raises(ValueError, match="1 training images are too few to hold out 1"):
+        train(folder(tmp_path / "one", 1), tmp_path)
+
+
+def test_more_centres_than_embeddings_stop_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"num_centres must be a whole number in \[1, 32\], got 33"):
+        train(folder(tmp_path / "data", 2), tmp_path / "results", num_centres=33)
+    assert not list((tmp_path / "results").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("options", [{}, {"test_split_mode": "none", "abnormal_dir": None, "normal_test_dir": None}])
+def test_nothing_to_validate_on_stops_before_training(options, tmp_path):
+    data = folder(tmp_path / "data", 4, val_split_mode="none", **options)
+    with pytest.raises(ValueError, match=r"tiny has no validation images.*val_split_mode is 'none'.*limit_val_batches"):
+        train(data, tmp_path / "results")
+    assert not list((tmp_path / "results").rglob("*.ckpt"))
+    model = Cse(**TINY)
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, limit_val_batches=0, **QUIET)
+    engine.fit(model, datamodule=data)
+    [batch] = engine.predict(model, data_path=tmp_path / "data" / "good" / "0.png")
+    assert batch.pred_score.isfinite()
+
+
+def test_dtd_folders_that_hold_no_photographs(tmp_path):
+    data = folder(tmp_path / "data", 4)
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "missing", "data/good/0.png"):
+        with pytest.raises(FileNotFoundError, match=rf"dtd_dir: no photographs .*below .*{name}"):
+            train(data, tmp_path, dtd_dir=tmp_path / name)
+    whole = (tmp_path / "data" / "good" / "0.png").read_bytes()
+    for content in (b"", whole[: len(whole) // 2]):
+        (tmp_path / "empty" / "torn.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"dtd_dir: .*torn\.png cannot be read"):
+            train(data, tmp_path, dtd_dir=tmp_path / "empty")
+
+
+def test_a_download_that_was_broken_off_is_made_again(tmp_path, texture_folder, monkeypatch):
+    """anomalib checks the hash of what it has just downloaded, and takes an archive that is there for granted."""
+    data = folder(tmp_path / "data", 4)
+    attempts = []
+
+    def download(target, info):
+        assert isinstance(info, DownloadInfo)
+        assert not target.exists()
+        attempts.append(target)
+        target.mkdir()
+        (target / "first.jpg").write_bytes((texture_folder / "images" / "striped" / "0.jpg").read_bytes())
+        if len(attempts) == 1:
+            raise ConnectionResetError
+
+    monkeypatch.setattr("anomalib_cse.lightning_model.download_and_extract", download)
+    options = {"dtd_dir": tmp_path / "downloaded", "download_dtd": True}
+    with pytest.raises(ConnectionResetError):
+        train(data, tmp_path, **options)
+    assert not (tmp_path / "downloaded").exists()
+    for _ in range(2):
+        train(data, tmp_path, **options)
+    assert len(attempts) == 2
+    assert [file.name for file in (tmp_path / "downloaded").rglob("*.jpg")] == ["first.jpg"]
+
+
+def test_black_images(tmp_path):
+    """Positions of the inside all have one embedding."""
+    data = folder(tmp_path / "data", 4)
+    for file in (tmp_path / "data" / "good").iterdir():
+        cv2.imwrite(str(file), np.zeros((72, 96, 3), np.uint8))
+    model, _ = train(data, tmp_path)
+    assert torch.allclose(model.model.centres.norm(dim=1), torch.ones(1))

@@ -1,0 +1,135 @@
+"""Images as they come: what anomalib reads gets a finite score, anything else is refused by name."""
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import Folder, ImageBatch, ImageItem
+from anomalib.engine import Engine
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+
+from anomalib_cse import Cse
+
+TINY = {
+    "backbone": "test_efficientnet",
+    "layers": (2, 3),
+    "pre_trained": False,
+    "image_size": (64, 64),
+    "batch_size": 4,
+    "seed": 0,
+}
+QUIET = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "limit_val_batches": 0,
+}
+
+
+def noise(height=72, width=96):
+    return Image.fromarray(np.random.default_rng(0).integers(90, 110, (height, width, 3), dtype=np.uint8))
+
+
+READABLE = {
+    "grey.png": lambda: noise().convert("L"),
+    "rgba.png": lambda: noise().convert("RGBA"),
+    "palette.png": lambda: noise().convert("P"),
+    "cmyk.jpg": lambda: noise().convert("CMYK"),
+    "binary.png": lambda: noise().convert("1"),
+    "sixteen.png": lambda: Image.fromarray(np.full((72, 96), 40000, np.uint16)),
+    "float.tif": lambda: Image.fromarray(np.full((72, 96), np.nan, np.float32)),
+    "8x8.png": lambda: noise(8, 8),
+    "1x4000.png": lambda: noise(1, 4000),
+    "4000x1.png": lambda: noise(4000, 1),
+    "8000x6000.png": lambda: Image.new("RGB", (8000, 6000), (100, 90, 80)),
+    "black.png": lambda: Image.new("RGB", (96, 72)),
+    "white.png": lambda: Image.new("RGB", (96, 72), (255, 255, 255)),
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """One image of every kind that can be read."""
+    folder = tmp_path_factory.mktemp("images")
+    for name, image in READABLE.items():
+        image().save(folder / name)
+    noise().save(folder / "jpeg.jpg")
+    (folder / "jpeg.jpg").rename(folder / "mislabelled.png")
+    return folder
+
+
+def datamodule(folder):
+    """All the images for training, and none for anything else."""
+    return Folder("images", normal_dir=folder, val_split_mode="none", test_split_mode="none", num_workers=0)
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """A model trained with all of them."""
+    model = Cse(**TINY)
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path_factory.mktemp("results"), **QUIET)
+    engine.fit(model, datamodule=datamodule(images))
+    return model
+
+
+def test_what_anomalib_reads_trains_and_has_a_finite_score(images, trained, tmp_path):
+    assert trained.best_loss.isfinite()
+    assert trained.model.centres.isfinite().all()
+    batches = Engine(default_root_dir=tmp_path, **QUIET).predict(trained, data_path=images)
+    assert sum(len(batch.pred_score) for batch in batches) == len(READABLE) + 1
+    for batch in batches:
+        assert batch.pred_score.isfinite().all()
+        assert batch.anomaly_map.isfinite().all()
+
+
+def unreadable(folder):
+    """Files with an image's suffix that hold none, or a part of one."""
+    noise().save(folder / "whole.png")
+    noise().save(folder / "whole.jpg")
+    for name in ("whole.png", "whole.jpg"):
+        content = (folder / name).read_bytes()
+        (folder / f"truncated_{name}").write_bytes(content[: len(content) // 2])
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("hello")
+    return [folder / name for name in ("truncated_whole.png", "truncated_whole.jpg", "empty.png", "text.png")]
+
+
+def test_training_names_the_file_that_cannot_be_read(images, tmp_path):
+    broken = unreadable(tmp_path)
+    training = tmp_path / "training"
+    training.mkdir()
+    for number in range(3):
+        noise().save(training / f"{number}.png")
+    for file in broken:
+        at = training / f"9_{file.name}"
+        at.write_bytes(file.read_bytes())
+        with pytest.raises(ValueError, match=f"training image .*{at.name} cannot be read"):
+            Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(Cse(**TINY), datamodule=datamodule(training))
+        at.unlink()
+
+
+class Spoilt(torch.utils.data.Dataset):
+    """Images of one grey value, and one of them with one pixel that is not a number."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        image = torch.full((3, 64, 64), 0.5)
+        if index == 3:
+            image[1, 5, 7] = self.value
+        return ImageItem(image=image, image_path=f"{index}.png")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_no_numbers_are_refused_by_name(value, trained, tmp_path):
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match=r"no finite score for 3\.png: it holds NaN or infinite pixels"):
+        engine.predict(trained, dataloaders=DataLoader(Subset(Spoilt(value), [3]), collate_fn=ImageBatch.collate))
+    for dataset in (Spoilt(value), Subset(Spoilt(value), [0, 1, 2, 3, 4, 5])):
+        with pytest.raises(ValueError, match="training image number 3 holds NaN or infinite pixels"):
+            engine.fit(Cse(**TINY), train_dataloaders=DataLoader(dataset, batch_size=1))

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class WholeCheckpointIO(AnomalibCheckpointIO):
     """Writes a checkpoint beside its place and then renames it, so that the one before it is never half overwritten.
 
     Lightning's own writes to the system's temporary folder and moves the file from there. Between file systems that is

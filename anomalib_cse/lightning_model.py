@@ -12,6 +12,7 @@ from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.data.utils import download_and_extract
 from anomalib.deploy import CompressionType
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.models.image.draem.lightning_model import DTD_DOWNLOAD_INFO
@@ -292,8 +293,8 @@ class Cse(AnomalibModule):
             ValueError: If there is to be validation without any data.
         """
         trainer = self.trainer
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not the user's own
-            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
+            trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())
         self.restore_validation()  # if an earlier fit was broken off
         if stage != TrainerFn.FITTING:
             return
@@ -421,14 +422,18 @@ class Cse(AnomalibModule):
         """Deploy the embedder if its hold-out loss is the lowest yet (Section 4.1).
 
         Raises:
-            RuntimeError: If that loss is not a number.
+            RuntimeError: If that loss, or a weight, is not a number.
         """
+        lower = f"in epoch {self.current_epoch}; lower learning_rate"
+        if not all(value.isfinite().all() for value in self.embedder.state_dict().values()):
+            msg = f"training diverged: weights of the embedder are NaN or infinite {lower}"
+            raise RuntimeError(msg)
         if not self.data.holdout:
             self.model.embedder.load_state_dict(self.embedder.state_dict())
             return
         loss = self.holdout_loss()
         if not loss.isfinite():
-            msg = f"training diverged: hold-out loss {loss.item()} in epoch {self.current_epoch}; lower learning_rate"
+            msg = f"training diverged: hold-out loss {loss.item()} {lower}"
             raise RuntimeError(msg)
         self.log("val_loss", loss, prog_bar=True)
         if loss < self.best_loss:

@@ -1,0 +1,165 @@
+"""Runs that are killed, interrupted, out of disk or out of range: the last checkpoint is whole and resumes exactly."""
+
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from lightning.pytorch.callbacks import Callback
+
+from anomalib_cse import Cse
+
+TINY = {
+    "backbone": "test_efficientnet",
+    "layers": (2, 3),
+    "pre_trained": False,
+    "image_size": (64, 64),
+    "batch_size": 4,
+    "seed": 0,
+}
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+EPOCHS = 4
+
+KILLED = f"""
+import os, sys
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from lightning.pytorch.callbacks import Callback
+from anomalib_cse import Cse
+
+class Kill(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (2, 1):
+            os.kill(os.getpid(), int(sys.argv[3]))
+
+engine = Engine(max_epochs={EPOCHS}, default_root_dir=sys.argv[2], callbacks=[Kill()], **{QUIET})
+engine.fit(Cse(**{TINY}), datamodule=MVTecAD(root=sys.argv[1], category="tiny", num_workers=0))
+"""
+
+
+def fit(root, results, callbacks=None, epochs=EPOCHS, ckpt_path=None, **options):
+    model = Cse(**{**TINY, **options})
+    engine = Engine(max_epochs=epochs, default_root_dir=results, callbacks=callbacks, **QUIET)
+    data = MVTecAD(root=root, category="tiny", num_workers=0)
+    engine.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    return model, engine
+
+
+@pytest.fixture(scope="module")
+def whole(mvtec_root, tmp_path_factory):
+    """The state of a run that nothing happened to."""
+    return fit(mvtec_root, tmp_path_factory.mktemp("whole"))[0].state_dict()
+
+
+def assert_resumes_to(whole, checkpoint, root, results):
+    resumed, engine = fit(root, results, ckpt_path=checkpoint)
+    saved = torch.load(engine.best_model_path, weights_only=True)["state_dict"]
+    assert results in Path(engine.best_model_path).parents
+    for name, value in whole.items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+        assert torch.equal(saved[name], value), name
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_uninterrupted_result(how, whole, mvtec_root, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(mvtec_root), str(tmp_path / "killed"), str(int(how))]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=120)
+    assert run.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 1)
+    [checkpoint] = (tmp_path / "killed").rglob("*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
+    assert_resumes_to(whole, checkpoint, mvtec_root, tmp_path / "resumed")
+
+
+class BreakAtTheEnd(Callback):
+    def on_train_end(self, trainer, pl_module):
+        raise InterruptedError
+
+
+def test_a_run_broken_off_after_its_last_epoch_is_finished(whole, mvtec_root, tmp_path):
+    with pytest.raises(InterruptedError):
+        fit(mvtec_root, tmp_path / "broken", [BreakAtTheEnd()])
+    [checkpoint] = (tmp_path / "broken").rglob("*.ckpt")
+    content = checkpoint.read_bytes()
+    assert_resumes_to(whole, checkpoint, mvtec_root, tmp_path / "resumed")
+    assert checkpoint.read_bytes() == content
+
+
+class FullDisk(Callback):
+    """From the third epoch on no file can grow beyond some kilobytes, as on a full disk."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(whole, mvtec_root, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=r"checkpoint .*model\.ckpt cannot be written .*one that was there before is"):
+            fit(mvtec_root, tmp_path / "full", [FullDisk()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    [checkpoint] = (file for file in (tmp_path / "full").rglob("*") if file.is_file())
+    assert_resumes_to(whole, checkpoint, mvtec_root, tmp_path / "resumed")
+
+
+def test_a_checkpoint_is_never_copied_onto_the_one_before(mvtec_root, tmp_path, monkeypatch):
+    """Moving a file to another file system is copying it there: a disk that fills up, or a crash, leaves a part."""
+
+    def move(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:1000])
+        raise OSError(28, "No space left on device", target)
+
+    fit(mvtec_root, tmp_path / "first", epochs=1)
+    [checkpoint] = (tmp_path / "first").rglob("*.ckpt")
+    monkeypatch.setattr(shutil, "move", move)
+    trainer = fit(mvtec_root, tmp_path / "second", epochs=1)[1].trainer
+    trainer.save_checkpoint(checkpoint)
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
+
+
+def test_a_torn_checkpoint_is_recognised(mvtec_root, tmp_path):
+    _, engine = fit(mvtec_root, tmp_path, epochs=1)
+    torn = tmp_path / "torn.ckpt"
+    content = Path(engine.best_model_path).read_bytes()
+    for length in (0, 1000, len(content) // 2, len(content) - 10):
+        torn.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"torn\.ckpt is not a whole checkpoint"):
+            fit(mvtec_root, tmp_path / "resumed", ckpt_path=torn)
+        with pytest.raises(ValueError, match=r"torn\.ckpt is not a whole checkpoint"):
+            Engine(default_root_dir=tmp_path, **QUIET).predict(Cse(**TINY), data_path=mvtec_root, ckpt_path=torn)
+
+
+@pytest.mark.parametrize(
+    "other", [{"pool_size": 1}, {"layers": (1, 3)}, {"num_centres": 2}, {"decoder": "none"}], ids=str
+)
+def test_a_checkpoint_of_other_arguments(other, mvtec_root, tmp_path):
+    [name] = other
+    _, engine = fit(mvtec_root, tmp_path, epochs=1, layers=["blocks.2", "blocks.3"])
+    Engine(default_root_dir=tmp_path, **QUIET).predict(
+        Cse(**TINY), data_path=mvtec_root / "tiny" / "train", ckpt_path=engine.best_model_path
+    )
+    with pytest.raises(ValueError, match=rf"the checkpoint is of {name} .*, the model has .*--model\.{name}"):
+        fit(mvtec_root, tmp_path / "other", epochs=1, ckpt_path=engine.best_model_path, **other)
+
+
+class Diverge(Callback):
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.current_epoch == 1:
+            pl_module.embedder[0][0].weight.data.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("holdout_ratio", [0, 0.3])
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(holdout_ratio, mvtec_root, tmp_path):
+    with pytest.raises(RuntimeError, match=r"training diverged: .* epoch 1; lower learning_rate"):
+        fit(mvtec_root, tmp_path, [Diverge()], holdout_ratio=holdout_ratio)
+    [checkpoint] = tmp_path.rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["epoch"] == 0
+    assert all(value.isfinite().all() for name, value in saved["state_dict"].items() if "embedder." in name)

@@ -297,6 +297,7 @@ class Cse(AnomalibModule):
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())
         self.restore_validation()  # if an earlier fit was broken off
         if stage != TrainerFn.FITTING:
+            self._random_state = torch.get_rng_state()  # every DataLoader draws from it once, whatever it reads
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, AnomalibDataModule) and trainer.limit_val_batches and not getattr(data, "val_data", None):
@@ -585,10 +586,11 @@ class Cse(AnomalibModule):
             self._set_aside = None
 
     def teardown(self, stage: str) -> None:
-        """Let go of the training images and leave the trainer as it was."""
-        del stage
+        """Let go of the training images; leave the trainer, and torch's random state after scoring, as they were."""
         self._data = None
         self.restore_validation()
+        if stage != TrainerFn.FITTING:
+            torch.set_rng_state(self._random_state)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Score a batch of images; anomalib's post-processor takes the thresholds from labelled ones.

@@ -7,6 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def widened(values: Tensor) -> Tensor:
+    """In single precision at least: in 16 bits lengths overflow, and the guard against division by 0 is 0 itself."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def cosine_similarity_map(first: Tensor, second: Tensor) -> Tensor:
     """Cosine similarity over the channels at every position (Eq. 1).
 
@@ -23,7 +28,7 @@ def cosine_similarity_map(first: Tensor, second: Tensor) -> Tensor:
     if first.shape != second.shape:
         msg = f"both embeddings must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}"
         raise ValueError(msg)
-    return F.cosine_similarity(first, second, dim=1)
+    return F.cosine_similarity(widened(first), widened(second), dim=1)
 
 
 def contrastive_cosine_loss(first: Tensor, second: Tensor, corrupted: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def feature_reconstruction_loss(features: Tensor, reconstruction: Tensor) -> Ten
         shapes = tuple(features.shape), tuple(reconstruction.shape)
         msg = f"a reconstruction must have the shape of its features {shapes[0]}, got {shapes[1]}"
         raise ValueError(msg)
-    difference = F.normalize(features, dim=1) - F.normalize(reconstruction, dim=1)
+    difference = F.normalize(widened(features), dim=1) - F.normalize(widened(reconstruction), dim=1)
     return 0.5 * difference.square().sum(dim=1).mean()
 
 

@@ -92,7 +92,13 @@ def perlin_masks(
 
     Returns:
         ``(B, 1, H, W)`` bool.
+
+    Raises:
+        ValueError: If a side has less than 2 pixels: noise is 0 at the first, so no mask might ever be large enough.
     """
+    if min(size) < 2:
+        msg = f"defects need images of at least 2x2 pixels, got {size[0]}x{size[1]}"
+        raise ValueError(msg)
     device = generator.device if generator else None
     largest = [min(max_exponent, int(math.log2(max(1, pixels // MIN_CELL)))) for pixels in size]
     masks = torch.zeros(count, 1, *size, dtype=torch.bool, device=device)

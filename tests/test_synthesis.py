@@ -247,6 +247,12 @@ def test_dtype_is_kept(images, textures, generator):
     assert corrupted.dtype == torch.float16
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (70, 1)])
+def test_images_that_no_mask_fits_are_refused(size, textures):
+    with pytest.raises(ValueError, match=f"at least 2x2 pixels, got {size[0]}x{size[1]}"):
+        AnomalySynthesis(textures)(torch.zeros(1, 3, *size))
+
+
 def test_whole_number_images_are_refused(textures):
     with pytest.raises(TypeError, match="floating point"):
         AnomalySynthesis(textures)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types install clean bench-training bench-latency
+.PHONY: demo test stress lint types install clean bench-training bench-latency
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -30,6 +30,10 @@ types: $(VENV)/installed
 
 test: install lint types
 	$(BIN)/pytest tests
+
+# some minutes; CSE_STRESS=0.1 for a tenth of it
+stress: install
+	$(BIN)/pytest -s tests/stress
 
 # ARGS="--root ROOT --category NAME --dtd-dir DTD" for images of your own, ARGS=--scale for growing numbers of them
 bench-training: install

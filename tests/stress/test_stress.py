@@ -1,0 +1,126 @@
+"""Long runs: ``make stress``, or a part of it, ``CSE_STRESS=0.1 make stress``. Figures are printed with ``-s``."""
+
+import os
+import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openvino
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.deploy import ExportType
+from anomalib.engine import Engine
+from lightning.pytorch.callbacks import Callback
+from torch.nn import functional as F
+
+from anomalib_cse import Cse
+from anomalib_cse.loss import CseLoss
+from anomalib_cse.torch_model import Decoder, Embedder, cosine_distances, pool
+
+SHARE = float(os.environ.get("CSE_STRESS", "1"))
+TINY = {"backbone": "test_efficientnet", "layers": (2, 3), "pre_trained": False, "image_size": (64, 64), "seed": 0}
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+def memory():
+    """This process's resident memory in MB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for place, count in (("train/good", 6), ("test/good", 2), ("test/square", 2), ("ground_truth/square", 2)):
+        (tmp_path / "tiny" / place).mkdir(parents=True)
+        for number in range(count):
+            image = rng.integers(90, 110, (72, 96, 3), dtype=np.uint8)
+            if place.endswith("square"):
+                image[20:50, 30:60] = 255
+            name = f"{number:03}_mask.png" if "truth" in place else f"{number:03}.png"
+            cv2.imwrite(str(tmp_path / "tiny" / place / name), (image > 200) * 255 if "truth" in place else image)
+    return tmp_path
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_ten_thousand_random_steps_have_finite_numbers(precision):
+    """Features of every magnitude, some of them all zero, through loss, optimiser and score."""
+    torch.manual_seed(0)
+    steps, seen = round(10_000 * SHARE), []
+    embedder, decoder, criterion = Embedder(24, 8), Decoder([8, 16], 8).requires_grad_(requires_grad=False), CseLoss()
+    optimizer = torch.optim.Adam(embedder.parameters(), lr=4e-3)
+    generator = torch.Generator().manual_seed(1)
+    begun = time.perf_counter()
+    for step in range(steps):
+        scale = 10 ** (8 * torch.rand((), generator=generator) - 4) * (step % 17 > 0)
+        features = [scale * torch.randn(8, c, s, s, generator=generator) for c, s in ((8, 6), (16, 3))]
+        corrupted = torch.rand(4, generator=generator) < 0.5
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            embeddings = embedder(features)
+            first, second = pool(embeddings, 2).chunk(2)
+            clean = [f[:4] for f in features]
+            loss = criterion(first, second, corrupted, clean, decoder(embeddings[:4], [f.shape[-2:] for f in clean]))
+            score = cosine_distances(second, F.normalize(first.mean(dim=(0, 2, 3)), dim=0)[None]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert embeddings.isfinite().all(), step
+        assert loss.isfinite(), step
+        assert score.isfinite(), step
+        seen.append(loss.item())
+    assert all(value.isfinite().all() for value in embedder.state_dict().values())
+    print(f"{precision}: {steps} steps, loss {min(seen):.3f} to {max(seen):.3f}, {time.perf_counter() - begun:.0f} s")  # noqa: T201
+
+
+class Memory(Callback):
+    def __init__(self):
+        self.after = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.after.append(memory())
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+def test_two_hundred_epochs_in_flat_memory(budget, root, tmp_path):
+    epochs, seen = max(8, round(200 * SHARE)), Memory()
+    engine = Engine(max_epochs=epochs, default_root_dir=tmp_path, callbacks=[seen], **QUIET)
+    begun = time.perf_counter()
+    engine.fit(Cse(**TINY, memory_budget=budget), datamodule=MVTecAD(root=root, category="tiny", num_workers=0))
+    settled, end = max(seen.after[: epochs // 4]), max(seen.after[-epochs // 4 :])
+    print(f"{epochs} epochs, {settled:.0f} MB, then {end:.0f} MB, {time.perf_counter() - begun:.0f} s")  # noqa: T201
+    assert end < settled + 20
+
+
+def test_fifty_thousand_images_through_one_compiled_model(root, tmp_path):
+    """Four threads with a request each share it; scores are those of the first pass, bit by bit, and memory is flat."""
+    model = Cse(**TINY, post_processor=False)  # whose scores would all be clipped to 1: these images are pure noise
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    engine.fit(model, datamodule=MVTecAD(root=root, category="tiny", num_workers=0))
+    exported = engine.export(model, export_type=ExportType.OPENVINO, export_root=tmp_path)
+    compiled = openvino.compile_model(exported, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": "2"})
+    images = torch.rand(100, 1, 3, 72, 96, generator=torch.Generator().manual_seed(0)).numpy()
+    total, threads, after = round(50_000 * SHARE), 4, []
+
+    def score(request, image):
+        return request.infer({0: image})["pred_score"].item()
+
+    expected = [score(compiled.create_infer_request(), image) for image in images]
+    assert len(set(expected)) > 50
+
+    def work(thread):
+        request = compiled.create_infer_request()
+        for number in range(total // threads):
+            at = (number + 25 * thread) % len(images)
+            assert score(request, images[at]) == expected[at]
+            if thread == 0 and number % 250 == 0:
+                after.append(memory())
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool_of_threads:
+        list(pool_of_threads.map(work, range(threads)))
+    settled, end = max(after[: max(1, len(after) // 4)]), max(after[-max(1, len(after) // 4) :])
+    print(f"{total} images, {settled:.0f} MB, then {end:.0f} MB, {time.perf_counter() - begun:.0f} s")  # noqa: T201
+    assert end < settled + 20

@@ -204,5 +204,5 @@ def test_every_benchmark_makes_one_table_of_what_the_models_accept(file):
     assert len({frozenset(flatten_dict(row)) for row in rows}) == 1  # anomalib's table needs the same columns
     for row in rows:
         model = getattr(anomalib_models, row["model"]["class_path"])
-        inspect.signature(model).bind(**row["model"]["init_args"])
+        inspect.signature(model).bind(**row["model"].get("init_args", {}))
         inspect.signature(getattr(anomalib_data, row["data"]["class_path"])).bind(**row["data"]["init_args"])

@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test stress lint types install clean bench-training bench-latency
+.PHONY: demo test lint types install clean bench-training bench-latency bench-compare
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -41,6 +42,10 @@ bench-training: install
 
 bench-latency: install
 	$(BIN)/python benchmarks/latency.py $(ARGS)
+
+# DATA=ROOT ARGS="--categories NAME ...", and what benchmarks/compare.py --help says
+bench-compare: install
+	$(BIN)/python benchmarks/compare.py --root $(DATA) $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist openvino_cache

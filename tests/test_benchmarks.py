@@ -1,0 +1,137 @@
+"""The comparison of benchmarks/: what it runs, what it leaves out, and its arithmetic."""
+
+import importlib
+import math
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import timm
+import torch
+from anomalib.models import Patchcore
+from torchvision.transforms.v2 import Normalize
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROWS = ["Cse layers=[2,3]", "Patchcore coreset_sampling_ratio=0", "BinaryClassifier layers=[2,3]", "Cfa"]
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """A tiny network in a folder, with means of its own."""
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    net = timm.create_model("test_efficientnet", pretrained_cfg_overlay={"mean": [0.1, 0.2, 0.3]})
+    timm.models.save_for_hf(net, folder)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture
+def compare():
+    return importlib.import_module("compare")
+
+
+def in_this_process(function, *arguments, **limits):
+    """What ``in_child`` does, without the seconds that a process takes to start."""
+    try:
+        return {**function(*arguments), "peak MB": 0}
+    except ValueError as error:
+        return {"failed": str(error)}
+
+
+def test_every_cell_is_run_once_and_a_failed_one_stops_nothing(compare, mvtec_root, backbone, tmp_path, monkeypatch):
+    ran = []
+
+    def note(function, *arguments, **limits):
+        ran.append((function.__name__, *(arguments[0].values() if function is compare.run_cell else ())))
+        return in_this_process(function, *arguments, **limits)
+
+    monkeypatch.setattr(compare, "in_child", note)
+    arguments = ["--root", str(mvtec_root), "--categories", "tiny", "--backbone", backbone, "--offline"]
+    arguments += ["--models", *ROWS, "--seeds", "0", "--epochs", "1", "--output", str(tmp_path), "--rounds", "2"]
+    compare.main(arguments)
+    lines = pd.read_csv(tmp_path / "results.csv").fillna({"failed": ""})
+    assert lines["model"].tolist() == ROWS
+    assert lines["image_AUROC"].notna().tolist() == [True, False, True, False]
+    assert "coreset_size" in lines["failed"][1]
+    assert "download" in lines["failed"][3]
+    assert (lines.loc[[0, 2], ["fit_s", "exported_MB", "peak_MB", "pixel_AUPRO"]] > 0).all(axis=None)
+    assert "1 epochs instead of 100" in lines["deviations"][0]
+    assert pd.read_csv(tmp_path / "latency.csv")["ms"].gt(0).tolist() == [True, True]
+    assert {file.name for file in tmp_path.glob("*.png")} == {"maps_tiny.png", "trade_off.png"}
+
+    ran.clear()
+    compare.main(arguments)
+    assert ran == []
+    assert len(pd.read_csv(tmp_path / "results.csv")) == len(ROWS)
+
+    compare.main([*arguments, "--retry-failed"])
+    assert [row[1] for row in ran] == [ROWS[1]]  # what cannot run is not tried
+    assert len(pd.read_csv(tmp_path / "results.csv")) == len(ROWS)
+
+
+def test_a_process_that_dies_is_a_result(compare):
+    common = importlib.import_module("common")
+    start = time.monotonic()
+    assert "not done after 4 s" in common.in_child(time.sleep, 60, time_limit=4)["failed"]
+    assert time.monotonic() - start < 30
+    assert "MemoryError" in common.in_child(bytearray, 2**33, memory_limit=1)["failed"]
+
+
+def test_table_gives_mean_and_spread_over_the_seeds(compare):
+    key = {"model": "Cse", "category": "grid", "deviations": "tiny"}
+    costs = {"image_F1Score": 1.0, "pixel_AUROC": 1.0, "pixel_AUPRO": 1.0, "exported_MB": 1.0, "peak_MB": 1.0}
+    lines = pd.DataFrame(
+        [
+            {**key, "seed": 0, "image_AUROC": 0.5, "fit_s": 10.0, **costs, "remark": "", "failed": ""},
+            {**key, "seed": 1, "image_AUROC": 0.9, "fit_s": 30.0, **costs, "remark": "", "failed": ""},
+            {**key, "seed": 2, "failed": "no memory"},
+        ]
+    )
+    report = importlib.import_module("report")
+    text = report.table(lines, pd.DataFrame([{**key, "ms": 12.34}]))
+    [row] = [line for line in text.splitlines() if line.startswith("| Cse")]
+    spread = math.sqrt((0.2**2 + 0.2**2) / 1)  # of a sample of two
+    assert row.startswith(f"| Cse | 0.700 ± {spread:.3f} | 1.000 ± 0.000 |")
+    assert row.endswith("| 12.3 | 20 | 1 | 1 | 2 | tiny |")
+    assert "| Cse | grid | 2 | no memory |" in report.not_run(lines)
+
+
+def test_peers_get_the_backbone_its_normalisation_and_layers_of_their_strides(compare, mvtec_root, backbone):
+    contenders = importlib.import_module("contenders")
+    options = compare.parse(["--root", str(mvtec_root), "--categories", "tiny", "--backbone", backbone])
+    model = contenders.contender("Patchcore num_neighbors=3", 0, options).build()
+    assert isinstance(model, Patchcore)
+    assert model.model.num_neighbors == 3
+    shapes = [tuple(f.shape[-2:]) for f in model.model.feature_extractor(torch.rand(1, 3, 64, 64)).values()]
+    assert shapes == [(8, 8), (4, 4)]  # strides 8 and 16
+    [normalise] = [t for t in model.pre_processor.transform.transforms if isinstance(t, Normalize)]
+    assert normalise.mean == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("row", ["Nothing", "Cse decoder"])
+def test_rows_must_name_models_and_arguments(compare, mvtec_root, row):
+    with pytest.raises(ValueError, match="--models"):
+        compare.cells_of(compare.parse(["--root", str(mvtec_root), "--categories", "tiny", "--models", row]))
+
+
+def test_binary_classifier_is_trained_with_the_cross_entropy_of_all_images(compare):
+    classifier = importlib.import_module("classifier").BinaryClassifier(
+        backbone="test_efficientnet", layers=[2, 3], pre_trained=False, seed=0
+    )
+    classifier.eval()
+    images, corrupt = torch.rand(4, 3, 64, 64), torch.tensor([True, False])
+    first, second = (classifier.model.backbone(half) for half in images.chunk(2))
+    classifier.model.embedder.load_state_dict(classifier.embedder.state_dict())
+    scores = classifier.model(images).pred_score
+    expected = -(torch.log(1 - scores[:2]).sum() + torch.log(scores[2]) + torch.log(1 - scores[3])) / 4
+    assert torch.isclose(classifier.pair_loss(first, second, corrupt), expected, atol=1e-5)
+
+
+def test_binary_classifier_takes_no_argument_that_it_has_no_use_for(compare):
+    with pytest.raises(ValueError, match="num_centres"):
+        importlib.import_module("classifier").BinaryClassifier(num_centres=2)

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def in_child(
         error = future.exception()
     if error is None:
         return future.result()
-    if time_limit and time.monotonic() - start >= time_limit:
+    if isinstance(error, BrokenProcessPool) and time_limit and time.monotonic() - start >= time_limit:
         return {"failed": f"not done after {time_limit} s"}
     traceback.print_exception(error)
     return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}

@@ -99,20 +99,25 @@ def run_cell(cell: Cell, options: argparse.Namespace, keep: Path | None) -> dict
         seconds = time.perf_counter() - start
         [metrics] = engine.test(model, datamodule=images, verbose=False)
         peak = peak_memory()  # before export, which takes some of its own
-        if keep:
-            save_maps(engine, model, images_of(options, category), keep.with_suffix(".npz"))
-            torch.save({"network": model.model.cpu().eval(), "size": input_size(model)}, keep.with_suffix(".pt"))
-        export = exported(engine, model, Path(folder))
-    return {**metrics, "fit_s": seconds, "peak_MB": peak, **export}
+        return {
+            **metrics,
+            "fit_s": seconds,
+            "peak_MB": peak,
+            **leave(engine, model, images_of(options, category), Path(folder), keep),
+        }
 
 
-def exported(engine: Engine, model: AnomalibModule, folder: Path) -> dict[str, Any]:
-    """Size of the model as OpenVINO has it, or why there is none."""
+def leave(engine: Engine, model: AnomalibModule, images: MVTecAD, folder: Path, keep: Path | None) -> dict[str, Any]:
+    """Leave the model's maps and network and export it; give its size as OpenVINO has it, or say why there is none."""
     try:
+        if keep:
+            save_maps(engine, model, images, keep.with_suffix(".npz"))
+            torch.save({"network": model.model.cpu().eval(), "size": input_size(model)}, keep.with_suffix(".part"))
+            keep.with_suffix(".part").rename(keep.with_suffix(".pt"))  # there or not, but never half
         network = Path(engine.export(model, "openvino", export_root=folder, onnx_kwargs={"opset_version": 18}))
-    except Exception as error:  # noqa: BLE001  whatever ails the export, the hours of training before it count
+    except Exception as error:  # noqa: BLE001  whatever ails it, the hours of training before it count
         traceback.print_exception(error)
-        return {"remark": f"no export: {type(error).__name__}"}
+        return {"remark": f"not exported: {type(error).__name__}"}
     return {"exported_MB": sum(file.stat().st_size for file in (network, network.with_suffix(".bin"))) / 1e6}
 
 
@@ -209,7 +214,8 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
     print(f"{hardware()}\n{len(done)} cells are done, {len(cells)} to do", flush=True)
     for number, cell in enumerate(cells, start=1):
         print(f"[{number}/{len(cells)}] {cell['model']} on {cell['category']}, seed {cell['seed']} ...", flush=True)
-        keep = kept(options.output, cell) if cell["seed"] == options.seeds[0] else None
+        keep = kept(options.output, cell)  # of the first seed
+        keep = None if keep.with_suffix(".pt").exists() else keep
         unavailable = contender(cell["model"], cell["seed"], options).unavailable
         row = (
             {"failed": unavailable}

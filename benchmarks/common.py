@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ def call(
     function: Callable[..., dict[str, Any]], *arguments: Any, time_limit: int = 0, memory_limit: float = 0
 ) -> dict[str, Any]:
     """What ``function`` returns, with this process's peak memory in MB; the process ends with its time or memory."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     signal.alarm(time_limit)  # ends the process even within a long operation, where Python would not get its turn
     if memory_limit:
         resource.setrlimit(resource.RLIMIT_DATA, (int(memory_limit * 2**30),) * 2)
@@ -54,6 +56,14 @@ def in_child(
         return {"failed": f"not done after {time_limit} s"}
     traceback.print_exception(error)
     return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def end_with_parent() -> None:
+    """Wait for the parent process to end, by whatever signal, so that no measurement outlives the one who wants it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def peak_memory() -> float:

@@ -13,7 +13,8 @@ from anomalib.models import Patchcore
 from torchvision.transforms.v2 import Normalize
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-ROWS = ["Cse layers=[2,3]", "Patchcore coreset_sampling_ratio=0", "BinaryClassifier layers=[2,3]", "Cfa"]
+TINY = "layers=[2,3] image_size=[64,64]"
+ROWS = [f"Cse {TINY}", "Patchcore coreset_sampling_ratio=0", f"BinaryClassifier {TINY}", "Cfa"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +44,10 @@ def in_this_process(function, *arguments, **limits):
         return {"failed": str(error)}
 
 
-def test_every_cell_is_run_once_and_a_failed_one_stops_nothing(compare, mvtec_root, backbone, tmp_path, monkeypatch):
-    ran = []
+def test_every_cell_runs_once_and_a_failed_one_stops_nothing(
+    compare, mvtec_root, backbone, texture_folder, monkeypatch
+):
+    ran, output = [], texture_folder / "output"
 
     def note(function, *arguments, **limits):
         ran.append((function.__name__, *(arguments[0].values() if function is compare.run_cell else ())))
@@ -52,26 +55,27 @@ def test_every_cell_is_run_once_and_a_failed_one_stops_nothing(compare, mvtec_ro
 
     monkeypatch.setattr(compare, "in_child", note)
     arguments = ["--root", str(mvtec_root), "--categories", "tiny", "--backbone", backbone, "--offline"]
-    arguments += ["--models", *ROWS, "--seeds", "0", "--epochs", "1", "--output", str(tmp_path), "--rounds", "2"]
+    arguments += ["--dtd-dir", str(texture_folder), "--output", str(output), "--rounds", "2"]
+    arguments += ["--models", *ROWS, "--seeds", "0", "--epochs", "1"]
     compare.main(arguments)
-    lines = pd.read_csv(tmp_path / "results.csv").fillna({"failed": ""})
+    lines = pd.read_csv(output / "results.csv").fillna({"failed": ""})
     assert lines["model"].tolist() == ROWS
     assert lines["image_AUROC"].notna().tolist() == [True, False, True, False]
     assert "coreset_size" in lines["failed"][1]
     assert "download" in lines["failed"][3]
     assert (lines.loc[[0, 2], ["fit_s", "exported_MB", "peak_MB", "pixel_AUPRO"]] > 0).all(axis=None)
     assert "1 epochs instead of 100" in lines["deviations"][0]
-    assert pd.read_csv(tmp_path / "latency.csv")["ms"].gt(0).tolist() == [True, True]
-    assert {file.name for file in tmp_path.glob("*.png")} == {"maps_tiny.png", "trade_off.png"}
+    assert pd.read_csv(output / "latency.csv")["ms"].gt(0).tolist() == [True, True]
+    assert {file.name for file in output.glob("*.png")} == {"maps_tiny.png", "trade_off.png"}
 
     ran.clear()
     compare.main(arguments)
     assert ran == []
-    assert len(pd.read_csv(tmp_path / "results.csv")) == len(ROWS)
+    assert len(pd.read_csv(output / "results.csv")) == len(ROWS)
 
     compare.main([*arguments, "--retry-failed"])
     assert [row[1] for row in ran] == [ROWS[1]]  # what cannot run is not tried
-    assert len(pd.read_csv(tmp_path / "results.csv")) == len(ROWS)
+    assert len(pd.read_csv(output / "results.csv")) == len(ROWS)
 
 
 def test_a_process_that_dies_is_a_result(compare):

@@ -63,7 +63,8 @@ def test_every_cell_runs_once_and_a_failed_one_stops_nothing(
     assert lines["image_AUROC"].notna().tolist() == [True, False, True, False]
     assert "coreset_size" in lines["failed"][1]
     assert "download" in lines["failed"][3]
-    assert (lines.loc[[0, 2], ["fit_s", "exported_MB", "peak_MB", "pixel_AUPRO"]] > 0).all(axis=None)
+    assert (lines.loc[[0, 2], ["fit_s", "exported_MB", "peak_MB", "image_F1Score"]] > 0).all(axis=None)
+    assert lines.loc[[0, 2], "pixel_AUPRO"].between(0, 1).all()
     assert "1 epochs instead of 100" in lines["deviations"][0]
     assert pd.read_csv(output / "latency.csv")["ms"].gt(0).tolist() == [True, True]
     assert {file.name for file in output.glob("*.png")} == {"maps_tiny.png", "trade_off.png"}

@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress lint types install clean bench-training bench-latency
-.PHONY: demo test lint types install clean bench-training bench-latency bench-compare
+.PHONY: demo test stress lint types install clean bench-training bench-latency bench-compare
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml

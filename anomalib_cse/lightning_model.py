@@ -139,7 +139,7 @@ class Cse(AnomalibModule):
             check_number("seed", seed, f"[0, {2**32})", whole=True)
         check_flag("download_dtd", download_dtd)
         check_flag("half_precision_memory", half_precision_memory)
-        if pre_processor is not True and not image_size is center_crop_size is None:
+        if pre_processor is not True and (image_size is not None or center_crop_size is not None):
             msg = "image_size and center_crop_size describe Cse's own pre-processor: give them or a pre_processor"
             raise ValueError(msg)
         if download_dtd and str(dtd_dir) == "builtin":

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from anomalib_cse import Cse, CseModel
 from anomalib_cse.lightning_model import together
+from anomalib_cse.resize import resize
 from anomalib_cse.torch_model import Embedder, pool
 
 
@@ -17,7 +18,7 @@ class LogitEmbedder(Embedder):
 
     def __init__(self, in_channels: int, embedding_dim: int) -> None:
         super().__init__(in_channels, embedding_dim)
-        self.append(nn.Conv2d(embedding_dim, 1, kernel_size=1))
+        self.append(nn.Sequential(nn.Conv2d(embedding_dim, 1, kernel_size=1)))
 
 
 class ClassifierModel(nn.Module):
@@ -36,7 +37,7 @@ class ClassifierModel(nn.Module):
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images ``(B, 3, H, W)`` in [0, 1]: probabilities of being corrupted, ``(B,)`` and ``(B, 1, H, W)``."""
         logits = pool(self.embedder(self.backbone(images)), self.pool_size)
-        anomaly_map = F.interpolate(logits, size=images.shape[-2:], mode="bilinear").sigmoid()
+        anomaly_map = resize(logits, images.shape[-2:]).sigmoid()
         return InferenceBatch(pred_score=logits.mean(dim=(1, 2, 3)).sigmoid(), anomaly_map=anomaly_map)
 
 

@@ -15,9 +15,12 @@ def __getattr__(name: str) -> object:
     """Import a public name when it is first asked for."""
     from importlib import import_module
 
+    from .plugin import require_anomalib
+
     if name not in MODULES:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
+    require_anomalib()
     return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
 
 

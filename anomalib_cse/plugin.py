@@ -7,6 +7,7 @@ interpreter, in programs that never heard of anomalib: it may cost nothing and m
 
 import sys
 
+OLDEST = (2, 7)  # 2.6 has no plugin for checkpoints
 CLI = "anomalib.cli.cli"
 PACKAGES = {
     "anomalib.models": {"Cse": "anomalib_cse.lightning_model"},
@@ -34,6 +35,22 @@ class RegistrationFinder:
         return None
 
 
+def require_anomalib() -> None:
+    """Refuse an anomalib that is too old, whose lack of this or that would tell nobody what to do.
+
+    Raises:
+        ImportError: If it is older than :data:`OLDEST`.
+    """
+    from importlib.metadata import version
+
+    found = version("anomalib")
+    if tuple(map(int, found.split(".")[:2])) < OLDEST:
+        msg = (
+            f"anomalib-cse needs anomalib {'.'.join(map(str, OLDEST))} or newer, found {found}: pip install -U anomalib"
+        )
+        raise ImportError(msg)
+
+
 def register(package) -> None:  # noqa: ANN001
     """Add to one of :data:`PACKAGES` what it lacks.
 
@@ -52,6 +69,7 @@ def register(package) -> None:  # noqa: ANN001
 
     package.__getattr__ = __getattr__
     try:
+        require_anomalib()
         for module in modules.values():
             import_module(module)
     except Exception as error:  # noqa: BLE001  whatever ails this plugin, anomalib must still work

@@ -104,6 +104,26 @@ def test_public_names():
         anomalib_cse.Csee  # noqa: B018
 
 
+def test_an_older_anomalib_is_refused_by_number():
+    code = """
+import importlib.metadata
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "2.6.2" if name == "anomalib" else version(name)
+import anomalib_cse
+try:
+    anomalib_cse.Cse
+except ImportError as error:
+    print(error)
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    from anomalib.models import list_models
+print("cse" in list_models(), any("found 2.6.2" in str(warning.message) for warning in caught))
+"""
+    message, registered = python(code)
+    assert message == "anomalib-cse needs anomalib 2.7 or newer, found 2.6.2: pip install -U anomalib"
+    assert registered == "False True"
+
+
 def test_arrows_point_one_way():
     import ast
 
@@ -117,11 +137,11 @@ def test_arrows_point_one_way():
             elif isinstance(node, ast.ImportFrom):
                 yield node.module.split(".")[0] if node.level == 0 else f".{node.module}"
 
-    library = {"torch", "torchvision", "PIL", ".perlin", ".colour"}
-    for module in ("loss", "synthesis", "perlin", "colour", "textures"):
+    library = {"torch", "torchvision", "PIL", ".perlin", ".colour", ".checks"}
+    for module in ("loss", "synthesis", "perlin", "colour", "textures", "resize", "checks"):
         assert {m for m in imported(module) if m not in sys.stdlib_module_names} <= library
     assert set(imported("plugin")) <= {"sys", "importlib", "warnings", "lightning"}  # all but sys inside functions
-    assert {m for m in imported("torch_model") if m.startswith(".")} == {".backbone"}
+    assert {m for m in imported("torch_model") if m.startswith(".")} == {".backbone", ".checks", ".resize"}
     assert not {"lightning", "sklearn"} & {*imported("torch_model"), *imported("backbone")}
 
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress lint types install clean bench-training bench-latency bench-compare
+.PHONY: demo test stress lint types install clean bench-training bench-latency bench-compression bench-compare
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -41,6 +41,10 @@ bench-training: install
 
 bench-latency: install
 	$(BIN)/python benchmarks/latency.py $(ARGS)
+
+# ARGS="--checkpoint model.ckpt --root ROOT --category NAME"
+bench-compression: install
+	$(BIN)/python benchmarks/compression.py $(ARGS)
 
 # DATA=ROOT ARGS="--categories NAME ...", and what benchmarks/compare.py --help says
 bench-compare: install

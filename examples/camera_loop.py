@@ -42,7 +42,7 @@ def frames(source: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def side_by_side(frame: np.ndarray, anomaly_map: np.ndarray) -> np.ndarray:
-    """A frame, at the size of its map, and the map in colours."""
+    """A frame, at the size of its map, and the map in colours; with a crop in the model, the map is of that part."""
     colours = cv2.applyColorMap((255 * anomaly_map).astype(np.uint8), cv2.COLORMAP_JET)
     return np.hstack([cv2.resize(frame, colours.shape[1::-1], interpolation=cv2.INTER_AREA), colours])
 

@@ -31,13 +31,8 @@ MODEL = {
 }
 
 DDP = """
-import os
 import torch
-from anomalib import data as anomalib_data
-from anomalib import models as anomalib_models
 from anomalib.data import MVTecAD
-from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
-from anomalib.utils.config import flatten_dict
 from anomalib.engine import Engine
 from lightning.pytorch.callbacks import Callback
 from anomalib_cse import Cse

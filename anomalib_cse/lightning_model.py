@@ -374,15 +374,24 @@ class Cse(AnomalibModule):
             check_number(
                 "num_centres", len(self.model.centres), f"[1, {positions * len(self.data.images)}]", whole=True
             )
+        self.check_end()
+        if self.decoder_mode == "pretrained" and self.decoder is not None and self.trainer.ckpt_path is None:
+            self.pretrain(self.decoder)
+
+    def check_end(self) -> None:
+        """Refuse to resume towards another end: the one-cycle schedule leads to the one that it began with.
+
+        Raises:
+            ValueError: If the number of steps differs.
+        """
         begun, now = self.lr_schedulers().total_steps, self.trainer.estimated_stepping_batches  # type: ignore[union-attr]
         if begun != now:
             msg = (
-                f"the run to resume was given {begun} steps and is now given {now}: set max_epochs as it was, "
-                "or begin a new run with the model that load_from_checkpoint gives"
+                f"the run to resume was given {begun} steps and is now given {now}: set max_epochs (and the images, "
+                "batch_size and number of processes) as they were, or begin a new run with the model that "
+                "load_from_checkpoint gives"
             )
             raise ValueError(msg)
-        if self.decoder_mode == "pretrained" and self.decoder is not None and self.trainer.ckpt_path is None:
-            self.pretrain(self.decoder)
 
     def pretrain(self, decoder: Decoder) -> None:
         """Train a decoder, with an embedder that is thrown away, on the decoder loss alone (Section 5.2)."""
@@ -488,7 +497,10 @@ class Cse(AnomalibModule):
             if isinstance(callback, ModelCheckpoint):  # it still names the file of the first run
                 now: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
                 callback.best_model_path = callback.format_checkpoint_name(now | trainer.callback_metrics)
+        self.check_end()
+        self.to(trainer.strategy.root_device)  # Lightning has already moved it to the CPU
         self.on_train_end()
+        self.cpu()
 
     @torch.no_grad()
     def fit_centres(self) -> None:
@@ -515,9 +527,9 @@ class Cse(AnomalibModule):
         Raises:
             ValueError: If the checkpoint is of a model with other arguments.
         """
-        ours = {name: self.hparams[name] for name in SHAPING} | {"backbone": self.model.backbone.architecture}
+        ours = {"backbone": self.model.backbone.architecture} | {name: self.hparams[name] for name in SHAPING}
         for name, own in ours.items():
-            theirs = checkpoint["hyper_parameters"][name]
+            theirs = checkpoint["hyper_parameters"].get(name)
             if theirs != own and (
                 name != "layers" or resolve_layers(ours["backbone"], theirs) != self.model.backbone.levels
             ):
@@ -571,11 +583,18 @@ class Cse(AnomalibModule):
         datamodule: AnomalibDataModule | None = None,
         *args: Any,
     ) -> Any:
-        """As anomalib compresses, but for the pre-processing, which must stay as it is."""
+        """As anomalib compresses, but for the pre-processing, which must stay as it is.
+
+        Raises:
+            ValueError: If it is to be done in a way that would touch it.
+        """
         if compression_type == CompressionType.INT8:
             return compress_weights(model)
         if compression_type == CompressionType.INT8_PTQ and datamodule is not None:
             return quantize(model, datamodule)
+        if compression_type == CompressionType.INT8_ACQ:
+            msg = "compression_type INT8_ACQ would quantise the resizing of images: take FP16, INT8 or INT8_PTQ"
+            raise ValueError(msg)
         return super()._compress_ov_model(model, compression_type, datamodule, *args)
 
     def restore_validation(self) -> None:

@@ -21,10 +21,17 @@ def pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=1), nn.ReLU(), nn.BatchNorm2d(out_channels))
 
 
+def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear upsampling of ``(B, C, H, W)``; exported in a form whose precision OpenVINO leaves as it is."""
+    if torch.compiler.is_compiling():
+        return resize(maps, size)
+    return F.interpolate(maps, size=tuple(size), mode="bilinear")
+
+
 def fuse(features: Sequence[Tensor]) -> Tensor:
     """Upsample all maps to the largest one and concatenate them: ``(B, C1 + C2 + ..., H, W)`` (Section 3.2)."""
     size = max((f.shape[-2:] for f in features), key=lambda s: s[0] * s[1])
-    return torch.cat([f if f.shape[-2:] == size else resize(f, size) for f in features], dim=1)
+    return torch.cat([f if f.shape[-2:] == size else upsample(f, size) for f in features], dim=1)
 
 
 class Embedder(nn.Sequential):
@@ -166,5 +173,5 @@ class CseModel(nn.Module):
             msg = "the centres are not fitted: train the model, load a trained checkpoint or call set_centres"
             raise RuntimeError(msg)
         distances = cosine_distances(self.embed(images), self.centres)  # (B, K, h, w)
-        anomaly_map = resize(distances.amin(1, keepdim=True), images.shape[-2:])
+        anomaly_map = upsample(distances.amin(1, keepdim=True), images.shape[-2:])
         return InferenceBatch(pred_score=distances.mean(dim=(2, 3)).amin(1), anomaly_map=anomaly_map)

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from anomalib_cse import Cse, CseModel
 from anomalib_cse.lightning_model import together
-from anomalib_cse.resize import resize
-from anomalib_cse.torch_model import Embedder, pool
+from anomalib_cse.torch_model import Embedder, pool, upsample
 
 
 class LogitEmbedder(Embedder):
@@ -32,12 +31,13 @@ class ClassifierModel(nn.Module):
         super().__init__()
         self.backbone, self.pool_size = model.backbone, model.pool_size
         self.embedder = LogitEmbedder(sum(model.backbone.channels), model.centres.shape[1])
-        self.register_buffer("centres", torch.empty(0))  # none; Cse hands its own from process to process
+        # none; but Cse hands its own from process to process and knows by them whether it is finished
+        self.register_buffer("centres", torch.full((1, 1), torch.nan))
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images ``(B, 3, H, W)`` in [0, 1]: probabilities of being corrupted, ``(B,)`` and ``(B, 1, H, W)``."""
         logits = pool(self.embedder(self.backbone(images)), self.pool_size)
-        anomaly_map = resize(logits, images.shape[-2:]).sigmoid()
+        anomaly_map = upsample(logits, images.shape[-2:]).sigmoid()
         return InferenceBatch(pred_score=logits.mean(dim=(1, 2, 3)).sigmoid(), anomaly_map=anomaly_map)
 
 
@@ -71,4 +71,5 @@ class BinaryClassifier(Cse):
         return F.binary_cross_entropy_with_logits(logits, targets)
 
     def fit_centres(self) -> None:
-        """There are none."""
+        """There are none, but training is done."""
+        self.model.centres.zero_()

@@ -108,14 +108,18 @@ def run_cell(cell: Cell, options: argparse.Namespace, keep: Path | None) -> dict
 
 
 def leave(engine: Engine, model: AnomalibModule, images: MVTecAD, folder: Path, keep: Path | None) -> dict[str, Any]:
-    """Leave the model's maps and network and export it; give its size as OpenVINO has it, or say why there is none."""
+    """Leave the model's maps and network and export it; give its size as OpenVINO has it, or say what there is not."""
     try:
         if keep:
             save_maps(engine, model, images, keep.with_suffix(".npz"))
             torch.save({"network": model.model.cpu().eval(), "size": input_size(model)}, keep.with_suffix(".part"))
             keep.with_suffix(".part").rename(keep.with_suffix(".pt"))  # there or not, but never half
-        network = Path(engine.export(model, "openvino", export_root=folder, onnx_kwargs={"opset_version": 18}))
     except Exception as error:  # noqa: BLE001  whatever ails it, the hours of training before it count
+        traceback.print_exception(error)
+        return {"remark": f"neither maps nor latency nor export: {type(error).__name__}"}
+    try:
+        network = Path(engine.export(model, "openvino", export_root=folder, onnx_kwargs={"opset_version": 18}))
+    except Exception as error:  # noqa: BLE001  as above
         traceback.print_exception(error)
         return {"remark": f"not exported: {type(error).__name__}"}
     return {"exported_MB": sum(file.stat().st_size for file in (network, network.with_suffix(".bin"))) / 1e6}
@@ -156,18 +160,23 @@ def save_maps(engine: Engine, model: AnomalibModule, images: MVTecAD, file: Path
 
 
 def latencies(files: list[Path], rounds: int) -> dict[str, Any]:
-    """Median milliseconds that each network takes for one image, eager and on the CPU.
+    """Median milliseconds that each network takes for one image, eager and on the CPU; none for one that fails.
 
     All take turns, so that what else the machine does meets them alike.
     """
-    saved = [torch.load(file, weights_only=False) for file in files]  # our own files
+    saved = {file: torch.load(file, weights_only=False) for file in files}  # our own files
     seconds: dict[Path, list[float]] = {file: [] for file in files}
     with torch.inference_mode():
         for _ in range(rounds + 2):
-            for file, entry in zip(files, saved, strict=True):
-                image = torch.rand(1, 3, *entry["size"])
+            for file in list(saved):
+                image = torch.rand(1, 3, *saved[file]["size"])
                 start = time.perf_counter()
-                entry["network"](image)
+                try:
+                    saved[file]["network"](image)
+                except Exception as error:  # noqa: BLE001  the others' latencies do not depend on it
+                    traceback.print_exception(error)
+                    del saved[file], seconds[file]
+                    continue
                 seconds[file].append(time.perf_counter() - start)
     return {"ms": {file: statistics.median(values[2:]) * 1000 for file, values in seconds.items()}}
 
@@ -197,7 +206,7 @@ def read(file: Path, columns: list[str]) -> pd.DataFrame:
     """The lines written so far; text that is empty is text."""
     if not file.exists():
         return pd.DataFrame(columns=columns)
-    texts = ["deviations", "remark", "failed"]
+    texts = ["model", "category", "deviations", "remark", "failed"]
     return pd.read_csv(file, dtype=dict.fromkeys(texts, str)).fillna(dict.fromkeys(texts, ""))
 
 
@@ -248,9 +257,10 @@ def measure_latency(options: argparse.Namespace, lines: pd.DataFrame) -> pd.Data
     files = [kept(options.output, cell).with_suffix(".pt") for cell in cells]
     result = in_child(latencies, files, options.rounds)
     if "failed" in result:
-        msg = f"latency could not be measured: {result['failed']}"
-        raise RuntimeError(msg)
-    measured = pd.DataFrame([{**c, "ms": result["ms"][f]} for c, f in zip(cells, files, strict=True)])
+        print(f"latency could not be measured: {result['failed']}", flush=True)
+        return known
+    times = result["ms"]
+    measured = pd.DataFrame([{**c, "ms": times[f]} for c, f in zip(cells, files, strict=True) if f in times])
     measured.to_csv(file, index=False)
     return measured
 

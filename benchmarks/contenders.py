@@ -154,6 +154,7 @@ def contender(row: str, seed: int, options: Namespace) -> Contender:
         model.arguments = {"seed": seed}
         if options.dtd_dir:
             model.arguments["dtd_dir"] = options.dtd_dir
+            model.deviations.append(f"textures of {Path(options.dtd_dir).name}")
         if backbone:
             model.arguments["backbone"] = options.backbone
             model.deviations.append(backbone)

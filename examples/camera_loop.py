@@ -9,6 +9,7 @@ that as many good ones are rejected as you can look at again.
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -58,24 +59,29 @@ def main() -> None:
     options.rejects.mkdir(parents=True, exist_ok=True)
     compiled = openvino.Core().compile_model(options.model, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
     queue = openvino.AsyncInferQueue(compiled)  # as many requests as the processor runs well at once
-    scores: dict[str, float] = {}
+    counted = Counter[str]()
 
     def finished(request: openvino.InferRequest, job: tuple[str, np.ndarray]) -> None:
         name, frame = job
-        score = scores[name] = request.get_tensor("pred_score").data.item()
+        score = request.get_tensor("pred_score").data.item()
         print(f"{name} {score:.4f}")
+        counted["frames"] += 1
         if score > options.threshold:
+            counted["rejected"] += 1
             picture = side_by_side(frame, request.get_tensor("anomaly_map").data.squeeze())
-            cv2.imwrite(str(options.rejects / f"{name}.png"), picture)
+            (options.rejects / f"{name}.png").write_bytes(cv2.imencode(".png", picture)[1].tobytes())
 
     queue.set_callback(finished)
     start = time.perf_counter()
-    for name, frame in frames(options.source):
-        # waits while all requests are busy, so that a fast camera does not fill the memory
-        queue.start_async(cv2.dnn.blobFromImage(frame, 1 / 255, swapRB=True), (name, frame))
+    try:
+        for name, frame in frames(options.source):
+            # waits while all requests are busy, so that a fast camera does not fill the memory
+            queue.start_async(cv2.dnn.blobFromImage(frame, 1 / 255, swapRB=True), (name, frame))
+    except KeyboardInterrupt:
+        print("stopped")
     queue.wait_all()
-    seconds, rejected = time.perf_counter() - start, sum(score > options.threshold for score in scores.values())
-    print(f"{len(scores)} frames in {seconds:.1f} s, {len(scores) / seconds:.0f} a second; {rejected} rejected")
+    seconds, number = time.perf_counter() - start, counted["frames"]
+    print(f"{number} frames in {seconds:.1f} s, {number / seconds:.0f} a second; {counted['rejected']} rejected")
 
 
 if __name__ == "__main__":

@@ -101,9 +101,8 @@ SYNTHESIS_OUT_OF_RANGE = {
 )
 def test_synthesis_refuses(name, value):
     textures = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=rf"^{name} must .*, got ") as error:
+    with pytest.raises(ValueError, match=rf"^{name} must .*, got "):
         AnomalySynthesis(**{"textures": textures, name: value})
-    assert "(0, " + name not in str(error.value)
 
 
 def test_every_argument_of_the_synthesis_is_among_them():

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,22 +142,28 @@ def test_workers_change_nothing(trained):
         assert torch.equal(states[1][name], value), name
 
 
-def test_two_processes_get_one_model(trained):
+# of 10 images 7 train, in shares of 4 and 3; of 2 images 1 trains, fewer than there are processes
+@pytest.mark.parametrize(("count", "training", "share"), [(10, 7, 4), (2, 1, 1)], ids=["uneven shares", "one image"])
+def test_two_processes_get_one_model(count, training, share, mvtec_root, tmp_path):
     """Lightning's DDP: both have the same best weights and centres, and those are what one process would fit."""
-    folder, data, _ = trained
-    script = folder / "ddp.py"
-    script.write_text(DDP.format(model=MODEL, root=str(data["root"])))
-    run = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    shutil.copytree(mvtec_root, tmp_path / "data")
+    for file in sorted((tmp_path / "data" / "tiny" / "train" / "good").iterdir())[count:]:
+        file.unlink()
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP.format(model=MODEL, root=str(tmp_path / "data")))
+    run = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=180
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    assert len(first["sees"]) == len(second["sees"]) == 4
-    assert len(set(first["sees"] + second["sees"])) == 7  # all but the held-out 3 of 10, one of them twice
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(first["sees"]) == len(second["sees"]) == share
+    assert len(set(first["sees"] + second["sees"])) == training  # the larger share is filled up
     assert first["best_loss"] == second["best_loss"]
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
     model = Cse(**MODEL).model
     model.load_state_dict(first["state"])
-    images = MVTecAD(root=data["root"], category="tiny")
+    images = MVTecAD(root=tmp_path / "data", category="tiny")
     images.setup()
     with torch.no_grad():
         embeddings = model.embed(torch.stack([resize(item.image, [64, 64]) for item in images.train_data]))

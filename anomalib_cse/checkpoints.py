@@ -38,14 +38,16 @@ class WholeCheckpointIO(AnomalibCheckpointIO):
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool = True) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
         """Read a checkpoint, to the CPU if no device is given: the one it was written on may not be here.
 
         Raises:
             ValueError: If the file is not a whole one.
         """
         try:
-            return super().load_checkpoint(path, map_location or "cpu", weights_only)
+            return super().load_checkpoint(path, map_location or "cpu", weights_only is not False)
         except (EOFError, RuntimeError) as error:  # what torch.load has for an empty and a truncated archive
             msg = f"{path} is not a whole checkpoint ({error}); take the one before it"
             raise ValueError(msg) from error

@@ -104,12 +104,10 @@ def test_test_predict_and_export(trained):
     output = anomalib(folder, "test", *model, "--data", "MVTec", *flags("data", data))
     line = next(line for line in trained_output.splitlines() if "pixel_AUROC" in line)
     assert line in output  # the checkpoint gives the metrics that training ended with
-    anomalib(folder, "validate", *model, "--data", "MVTec", *flags("data", data))
     anomalib(folder, "predict", *model, "--data", data["root"] / "tiny" / "test" / "square")
-    for kind in ("torch", "onnx", "openvino"):
-        anomalib(folder, "export", *model, "--export_type", kind, "--export_root", folder / "exported")
+    anomalib(folder, "export", *model, "--export_type", "openvino", "--export_root", folder / "exported")
     names = {path.name for path in (folder / "exported").rglob("*") if path.is_file()}
-    assert {"model.pt", "model.onnx", "model.xml", "model.bin"} <= names
+    assert {"model.xml", "model.bin"} <= names
 
 
 def test_configuration_file_gives_what_the_flags_give(trained):
@@ -124,22 +122,6 @@ def test_configuration_file_gives_what_the_flags_give(trained):
     output = anomalib(folder, "train", "--config", folder / "config.yaml")
     line = next(line for line in trained_output.splitlines() if "pixel_AUROC" in line)
     assert line in output
-
-
-def test_workers_change_nothing(trained):
-    folder, data, _ = trained
-    states = []
-    for workers in (0, 2):
-        arguments = flags("model", {**MODEL, "memory_budget": 0}) + flags("data", {**data, "num_workers": workers})
-        root = folder / f"{workers} workers"
-        anomalib(
-            folder, "train", "--model", "Cse", "--data", "MVTec", *arguments,
-            "--trainer.max_epochs", "2", "--default_root_dir", root,
-        )  # fmt: skip
-        [path] = root.rglob("model.ckpt")
-        states.append(torch.load(path, weights_only=True)["state_dict"])
-    for name, value in states[0].items():
-        assert torch.equal(states[1][name], value), name
 
 
 # of 10 images 7 train, in shares of 4 and 3; of 2 images 1 trains, fewer than there are processes
@@ -173,12 +155,12 @@ def test_two_processes_get_one_model(count, training, share, mvtec_root, tmp_pat
 
 def test_benchmark_makes_one_table(trained):
     folder, data, _ = trained
-    backbone = {"backbone": "resnet18", "layers": ["layer2", "layer3"], "pre_trained": False}
+    backbone = {"backbone": "test_resnet", "layers": ["layer2", "layer3"], "pre_trained": False}
     config = {
         "accelerator": "cpu",
         "benchmark": {
             "seed": 0,
-            "model": {"class_path": {"grid": ["Cse", "Padim"]}, "init_args": backbone},
+            "model": {"class_path": {"grid": ["Cse", "Patchcore"]}, "init_args": backbone},
             "data": {"class_path": "MVTec", "init_args": {**data, "root": str(data["root"])}},
         },
     }
@@ -186,7 +168,7 @@ def test_benchmark_makes_one_table(trained):
     anomalib(folder, "benchmark", "--config", folder / "benchmark.yaml")
     [results] = (folder / "runs" / "benchmark").rglob("results.csv")
     table = pd.read_csv(results)
-    assert table["model.class_path"].tolist() == ["Cse", "Padim"]
+    assert table["model.class_path"].tolist() == ["Cse", "Patchcore"]
     assert table["image_AUROC"].between(0, 1).all()
 
 

@@ -1,14 +1,16 @@
 """How long one image takes: Cse in torch, ONNX Runtime and OpenVINO, beside its bare backbone and anomalib's models.
 
-Every row is measured in a process of its own; milliseconds are medians of rounds. Weights are random (latency does not
-depend on them), images too, of the size that the model's own pre-processing asks for. Run by ``make bench-latency``.
+Cse in torch and its backbone take turns in one process, every other row has its own; milliseconds are medians of rounds.
+Weights are random (latency does not depend on them), images too, of the size that the model's own pre-processing asks
+for. Run by ``make bench-latency``.
 """
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +36,33 @@ from common import hardware, in_child, markdown
 
 BACKBONES = ("efficientnet_b3", "tf_efficientnet_lite0")
 SIZE = (224, 224)
-IN_TORCH = ("backbone, channels last", "eager", "eager, channels last")
-RUNTIMES = (
-    *IN_TORCH,
-    "ONNX Runtime",
-    "OpenVINO f32",
-    "OpenVINO default",
-    "OpenVINO FP16",
-    "OpenVINO INT8",
-)
+IN_TORCH = ("bare backbone, eager, channels last", "eager, channels last", "eager")
+RUNTIMES = ("ONNX Runtime", "OpenVINO f32", "OpenVINO default", "OpenVINO FP16", "OpenVINO INT8")
 
 
-def milliseconds(run: Callable[[Any], Any], image: Any, rounds: int) -> float:
-    """Median of ``rounds`` runs, after two that are not counted."""
-    seconds = []
+def milliseconds(runs: Sequence[Callable[[Any], Any]], image: Any, rounds: int) -> list[float]:
+    """Medians of ``rounds`` runs of each, in turns, after two that are not counted."""
+    seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds + 2):
-        start = time.perf_counter()
-        run(image)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:]) * 1000
+        for run, times in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run(image)
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times[2:]) * 1000 for times in seconds]
+
+
+def in_turns(runs: Sequence[Callable[[Tensor], Any]], size: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds for one image and, per image, for a batch of 8."""
+    with torch.inference_mode():
+        one = milliseconds(runs, torch.rand(1, 3, *size), rounds)
+        eight = milliseconds(runs, torch.rand(8, 3, *size), max(3, rounds // 4))
+    return [{"ms, one image": a, "ms, batch of 8": b / 8} for a, b in zip(one, eight, strict=True)]
 
 
 def measured(run: Callable[[Tensor], Any], size: tuple[int, int], rounds: int) -> dict[str, Any]:
-    """Milliseconds for one image and, per image, for a batch of 8."""
-    with torch.inference_mode():
-        one = milliseconds(run, torch.rand(1, 3, *size), rounds)
-        eight = milliseconds(run, torch.rand(8, 3, *size), max(3, rounds // 4)) / 8
-    return {"ms, one image": one, "ms, batch of 8": eight}
+    """The same of one function."""
+    [row] = in_turns([run], size, rounds)
+    return row
 
 
 def cse(backbone: str) -> Cse:
@@ -70,12 +72,11 @@ def cse(backbone: str) -> Cse:
     return model
 
 
-def in_torch(backbone: str, name: str, rounds: int) -> dict[str, Any]:
-    """Cse's network, or the backbone alone, at the 224x224 that it sees."""
+def in_torch(backbone: str, rounds: int) -> dict[str, Any]:
+    """Cse's network at the 224x224 that it sees, the backbone alone, and the network as torch lays out images."""
     network = cse(backbone).model
-    if name == "eager":  # as torch lays images out by default; Cse asks for channels last
-        network = network.to(memory_format=torch.contiguous_format)
-    return measured(network.backbone if name == "backbone, channels last" else network, SIZE, rounds)
+    contiguous = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    return dict(zip(IN_TORCH, in_turns([network.backbone, network, contiguous], SIZE, rounds), strict=True))
 
 
 def export(backbone: str, name: str, folder: Path) -> dict[str, Any]:
@@ -96,18 +97,25 @@ def deployed(file: Path, name: str, rounds: int) -> dict[str, Any]:
 
 
 def runtime(backbone: str, name: str, rounds: int) -> dict[str, Any]:
-    """One way to run Cse.
+    """Cse exported to one runtime.
 
-    What is exported is measured in another process than the one that exports: in a thread in which torch has run, the
-    same OpenVINO network took eight times as long here.
+    It is measured in another process than the one that exports: in a thread in which torch had run, the same OpenVINO
+    network took eight times as long.
     """
-    if name in IN_TORCH:
-        return in_child(in_torch, backbone, name, rounds)
     with tempfile.TemporaryDirectory() as folder:
         network = in_child(export, backbone, name, Path(folder))
         if "failed" in network:
             return network
         return {**in_child(deployed, network["file"], name, rounds), "exported MB": network["exported MB"]}
+
+
+def rows_of(backbone: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """All rows of Cse with one backbone."""
+    first = {"model": f"Cse {backbone}", "image": f"{SIZE[0]}x{SIZE[1]}"}
+    eager = in_child(in_torch, backbone, rounds)
+    shared = {name: value for name, value in eager.items() if name not in IN_TORCH}  # memory, or why there is nothing
+    yield from ({**first, "runtime": name, **eager.get(name, {}), **shared} for name in IN_TORCH)
+    yield from ({**first, "runtime": name, **runtime(backbone, name, rounds)} for name in RUNTIMES)
 
 
 def session(file: Path, name: str) -> Callable[[np.ndarray], Any]:
@@ -152,11 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
     print(hardware())
-    rows = [
-        {"model": f"Cse {backbone}", "runtime": name, "image": "224x224", **runtime(backbone, name, rounds)}
-        for backbone in BACKBONES
-        for name in RUNTIMES
-    ]
+    rows = [row for backbone in BACKBONES for row in rows_of(backbone, rounds)]
     rows += [{"model": name, "runtime": "eager", **in_child(peer, name, rounds)} for name in PEERS]
     print(markdown(rows))
 

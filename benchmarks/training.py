@@ -210,7 +210,7 @@ def scale(options: argparse.Namespace, count: int, memory: int) -> dict[str, Any
         data = Folder(
             "generated", root=name, normal_dir="good", train_batch_size=8, num_workers=0, normal_split_ratio=0.0
         )
-        row = cse(options, data, 3, memory)
+        row = cse(options, data, 2, memory)
     return {"images": count, **row, "ms per image and epoch": row["epoch s"] / count * 1000}
 
 
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--dtd-dir", help="texture photographs; default: generated ones")
     parser.add_argument("--epochs", type=int, default=6, help="epochs of Cse that are measured")
     parser.add_argument("--scale", action="store_true", help="measure 100, 1,000 and 10,000 images instead")
-    parser.add_argument("--budget", type=float, default=1.0, help="memory_budget for --scale in GiB")
+    parser.add_argument("--budget", type=float, default=10.0, help="memory_budget for --scale in GiB")
     options = parser.parse_args()
     print(hardware())
     if options.scale:

@@ -1,8 +1,8 @@
 """How long one image takes: Cse in torch, ONNX Runtime and OpenVINO, beside its bare backbone and anomalib's models.
 
-Cse in torch and its backbone take turns in one process, every other row has its own; milliseconds are medians of rounds.
-Weights are random (latency does not depend on them), images too, of the size that the model's own pre-processing asks
-for. Run by ``make bench-latency``.
+Cse in torch and its backbone take turns in one process, every other row has its own; milliseconds are medians of
+rounds. Weights are random (latency does not depend on them), images too, of the size that the model's own
+pre-processing asks for. Run by ``make bench-latency``.
 """
 
 import argparse

@@ -571,7 +571,16 @@ class Cse(AnomalibModule):
         """As anomalib exports, but scores do not depend on the precision that a processor prefers.
 
         To compress the model is to accept rounding of the network, so then only the pre-processing stays as it is.
+
+        Raises:
+            ValueError: If that cannot be had of a compression, or it lacks its images.
         """
+        if compression_type == CompressionType.INT8_ACQ:
+            msg = "compression_type INT8_ACQ would quantise the resizing of images: take FP16, INT8 or INT8_PTQ"
+            raise ValueError(msg)
+        if compression_type == CompressionType.INT8_PTQ and kwargs.get("datamodule") is None:
+            msg = "compression_type INT8_PTQ takes ranges from images: give a datamodule (--data on the command line)"
+            raise ValueError(msg)
         path = super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
         keep_single_precision(path, only_before_convolution=compression_type is not None)
         return path
@@ -583,18 +592,11 @@ class Cse(AnomalibModule):
         datamodule: AnomalibDataModule | None = None,
         *args: Any,
     ) -> Any:
-        """As anomalib compresses, but for the pre-processing, which must stay as it is.
-
-        Raises:
-            ValueError: If it is to be done in a way that would touch it.
-        """
+        """As anomalib compresses, but for the pre-processing, which must stay as it is."""
         if compression_type == CompressionType.INT8:
             return compress_weights(model)
         if compression_type == CompressionType.INT8_PTQ and datamodule is not None:
             return quantize(model, datamodule)
-        if compression_type == CompressionType.INT8_ACQ:
-            msg = "compression_type INT8_ACQ would quantise the resizing of images: take FP16, INT8 or INT8_PTQ"
-            raise ValueError(msg)
         return super()._compress_ov_model(model, compression_type, datamodule, *args)
 
     def restore_validation(self) -> None:

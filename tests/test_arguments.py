@@ -11,14 +11,8 @@ from safetensors.torch import save_file
 
 from anomalib_cse import AnomalySynthesis, Cse
 
-TINY = {
-    "backbone": "test_efficientnet",
-    "layers": (2, 3),
-    "pre_trained": False,
-    "image_size": (64, 64),
-    "batch_size": 4,
-    "seed": 0,
-}
+from tiny import TINY
+
 NAN, INF = math.nan, math.inf
 
 OUT_OF_RANGE = {

@@ -1,7 +1,6 @@
 """anomalib's own command line, from configuration to exported model, on a tiny dataset."""
 
 import inspect
-import os
 import shutil
 import subprocess
 import sys
@@ -21,16 +20,9 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_cse import Cse
 
+from tiny import TINY, anomalib, flags
+
 BENCHMARKS = Path(__file__).parents[1] / "configs" / "benchmark"
-ANOMALIB = Path(sys.executable).with_name("anomalib")
-MODEL = {
-    "backbone": "test_efficientnet",
-    "layers": [2, 3],
-    "pre_trained": False,
-    "image_size": [64, 64],
-    "batch_size": 4,
-    "seed": 0,
-}
 
 DDP = """
 import torch
@@ -57,32 +49,13 @@ if __name__ == "__main__":
 """
 
 
-def flags(prefix, values):
-    return [
-        f"--{prefix}.{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()
-    ]
-
-
-def anomalib(folder, *arguments):
-    run = subprocess.run(
-        [ANOMALIB, *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return run.stdout
-
-
 @pytest.fixture(scope="module")
 def trained(mvtec_root, tmp_path_factory):
     """A folder in which ``anomalib train`` has run with flags, and what it printed."""
     folder = tmp_path_factory.mktemp("cli")
     data = {"root": mvtec_root, "category": "tiny", "num_workers": 0}
     output = anomalib(
-        folder, "train", "--model", "Cse", *flags("model", MODEL), "--data", "MVTec", *flags("data", data),
+        folder, "train", "--model", "Cse", *flags("model", TINY), "--data", "MVTec", *flags("data", data),
         "--trainer.max_epochs", "2", "--seed_everything", "0",
     )  # fmt: skip
     return folder, data, output
@@ -101,7 +74,7 @@ def test_train_writes_metrics_pictures_and_a_checkpoint(trained):
 
 def test_test_predict_and_export(trained):
     folder, data, trained_output = trained
-    model = ["--model", "Cse", *flags("model", MODEL), "--ckpt_path", checkpoint(folder)]
+    model = ["--model", "Cse", *flags("model", TINY), "--ckpt_path", checkpoint(folder)]
     output = anomalib(folder, "test", *model, "--data", "MVTec", *flags("data", data))
     line = next(line for line in trained_output.splitlines() if "pixel_AUROC" in line)
     assert line in output  # the checkpoint gives the metrics that training ended with
@@ -114,7 +87,7 @@ def test_test_predict_and_export(trained):
 def test_configuration_file_gives_what_the_flags_give(trained):
     folder, data, trained_output = trained
     config = {
-        "model": {"class_path": "anomalib_cse.Cse", "init_args": MODEL},
+        "model": {"class_path": "anomalib_cse.Cse", "init_args": TINY},
         "data": {"class_path": "MVTec", "init_args": {**data, "root": str(data["root"])}},
         "trainer": {"max_epochs": 2},
         "default_root_dir": str(folder / "from_config"),
@@ -133,7 +106,7 @@ def test_two_processes_get_one_model(count, training, share, mvtec_root, tmp_pat
     for file in sorted((tmp_path / "data" / "tiny" / "train" / "good").iterdir())[count:]:
         file.unlink()
     script = tmp_path / "ddp.py"
-    script.write_text(DDP.format(model=MODEL, root=str(tmp_path / "data")))
+    script.write_text(DDP.format(model=TINY, root=str(tmp_path / "data")))
     run = subprocess.run(
         [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=180
     )
@@ -144,7 +117,7 @@ def test_two_processes_get_one_model(count, training, share, mvtec_root, tmp_pat
     assert first["best_loss"] == second["best_loss"]
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
-    model = Cse(**MODEL).model
+    model = Cse(**TINY).model
     model.load_state_dict(first["state"])
     images = MVTecAD(root=tmp_path / "data", category="tiny")
     images.setup()

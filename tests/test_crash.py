@@ -15,15 +15,8 @@ from lightning.pytorch.callbacks import Callback
 
 from anomalib_cse import Cse
 
-TINY = {
-    "backbone": "test_efficientnet",
-    "layers": (2, 3),
-    "pre_trained": False,
-    "image_size": (64, 64),
-    "batch_size": 4,
-    "seed": 0,
-}
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+from tiny import QUIET, TINY
+
 EPOCHS = 4
 
 KILLED = f"""

@@ -1,9 +1,6 @@
 """One seed, one result, however it is run; and the random numbers of the user's program stay the user's."""
 
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,10 +10,7 @@ from anomalib.engine import Engine
 from anomalib_cse import AnomalySynthesis, Cse
 from anomalib_cse.textures import builtin_textures
 
-ANOMALIB = Path(sys.executable).with_name("anomalib")
-TINY = {"backbone": "test_efficientnet", "pre_trained": False, "batch_size": 4, "seed": 0}
-SIZES = {"layers": [2, 3], "image_size": [64, 64]}
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+from tiny import QUIET, TINY, anomalib, flags
 
 
 def global_state():
@@ -25,15 +19,13 @@ def global_state():
 
 def test_command_line_workers_and_one_process_give_equal_checkpoints(mvtec_root, tmp_path):
     """Without memory everything is read anew by the workers, every epoch."""
-    model = Cse(**TINY, **SIZES, memory_budget=0)
+    arguments = {**TINY, "memory_budget": 0}
+    model = Cse(**arguments)
     engine = Engine(max_epochs=2, default_root_dir=tmp_path / "one", **QUIET)
     engine.fit(model, datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0))
-    arguments = {**TINY, "pre_trained": "false", **SIZES, "memory_budget": 0}
-    command = [ANOMALIB, "train", "--model", "Cse", *(f"--model.{name}={value}" for name, value in arguments.items())]
-    command += ["--data", "MVTec", f"--data.root={mvtec_root}", "--data.category=tiny", "--data.num_workers=2"]
-    command += ["--trainer.max_epochs=2", f"--default_root_dir={tmp_path / 'line'}"]
-    run = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    data = flags("data", {"root": mvtec_root, "category": "tiny", "num_workers": 2})
+    command = ["train", "--model", "Cse", *flags("model", arguments), "--data", "MVTec", *data]
+    anomalib(tmp_path, *command, "--trainer.max_epochs=2", f"--default_root_dir={tmp_path / 'line'}")
     [one], [line] = ((tmp_path / name).rglob("*.ckpt") for name in ("one", "line"))
     first, second = (torch.load(path, weights_only=True) for path in (one, line))
     for name, value in first["state_dict"].items():
@@ -44,7 +36,7 @@ def test_command_line_workers_and_one_process_give_equal_checkpoints(mvtec_root,
 
 def test_the_global_random_state_is_left_alone(mvtec_root, tmp_path):
     before = global_state()
-    model = Cse(**TINY, **SIZES)
+    model = Cse(**TINY)
     assert global_state() == before
     generator = torch.Generator().manual_seed(1)
     synthesis = AnomalySynthesis(builtin_textures(4, 32, generator), generator=generator)

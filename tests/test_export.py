@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 from anomalib_cse import Cse
 
+from tiny import QUIET
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SIZES = [(64, 64), (224, 224), (300, 517), (1024, 1024), (2000, 600)]
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 TOLERANCE = {"pred_score": 1e-4, "anomaly_map": 1e-3, "pred_label": 0}
 

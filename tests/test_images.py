@@ -10,21 +10,9 @@ from torch.utils.data import DataLoader, Subset
 
 from anomalib_cse import Cse
 
-TINY = {
-    "backbone": "test_efficientnet",
-    "layers": (2, 3),
-    "pre_trained": False,
-    "image_size": (64, 64),
-    "batch_size": 4,
-    "seed": 0,
-}
-QUIET = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "limit_val_batches": 0,
-}
+from tiny import QUIET, TINY
+
+UNVALIDATED = {**QUIET, "limit_val_batches": 0}
 
 
 def noise(height=72, width=96):
@@ -68,7 +56,7 @@ def datamodule(folder):
 def trained(images, tmp_path_factory):
     """A model trained with all of them."""
     model = Cse(**TINY)
-    engine = Engine(max_epochs=1, default_root_dir=tmp_path_factory.mktemp("results"), **QUIET)
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path_factory.mktemp("results"), **UNVALIDATED)
     engine.fit(model, datamodule=datamodule(images))
     return model
 
@@ -76,7 +64,7 @@ def trained(images, tmp_path_factory):
 def test_what_anomalib_reads_trains_and_has_a_finite_score(images, trained, tmp_path):
     assert trained.best_loss.isfinite()
     assert trained.model.centres.isfinite().all()
-    batches = Engine(default_root_dir=tmp_path, **QUIET).predict(trained, data_path=images)
+    batches = Engine(default_root_dir=tmp_path, **UNVALIDATED).predict(trained, data_path=images)
     assert sum(len(batch.pred_score) for batch in batches) == len(READABLE) + 1
     for batch in batches:
         assert batch.pred_score.isfinite().all()
@@ -105,7 +93,9 @@ def test_training_names_the_file_that_cannot_be_read(images, tmp_path):
         at = training / f"9_{file.name}"
         at.write_bytes(file.read_bytes())
         with pytest.raises(ValueError, match=f"training image .*{at.name} cannot be read"):
-            Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(Cse(**TINY), datamodule=datamodule(training))
+            Engine(max_epochs=1, default_root_dir=tmp_path, **UNVALIDATED).fit(
+                Cse(**TINY), datamodule=datamodule(training)
+            )
         at.unlink()
 
 
@@ -127,7 +117,7 @@ class Spoilt(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_pixels_that_are_no_numbers_are_refused_by_name(value, trained, tmp_path):
-    engine = Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, **UNVALIDATED)
     with pytest.raises(ValueError, match=r"no finite score for 3\.png: it holds NaN or infinite pixels"):
         engine.predict(trained, dataloaders=DataLoader(Subset(Spoilt(value), [3]), collate_fn=ImageBatch.collate))
     for dataset in (Spoilt(value), Subset(Spoilt(value), [0, 1, 2, 3, 4, 5])):

@@ -17,16 +17,9 @@ from torchvision.transforms.v2 import Resize
 from anomalib_cse import Cse
 from anomalib_cse.torch_model import fuse, pool
 
+from tiny import QUIET, TINY
+
 CONFIGS = Path(__file__).parents[1] / "configs"
-TINY = {
-    "backbone": "test_efficientnet",
-    "layers": (2, 3),
-    "pre_trained": False,
-    "image_size": (64, 64),
-    "batch_size": 4,
-    "seed": 0,
-}
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
 def datamodule(root, **options):

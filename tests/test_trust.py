@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from anomalib_cse import Cse
 
-TINY = {"backbone": "test_efficientnet", "layers": (2, 3), "image_size": (64, 64), "seed": 0}
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+from tiny import QUIET, TINY
 
 OFFLINE = """
 import os, socket, sys
@@ -86,10 +85,10 @@ def test_no_pickle_is_executed(mvtec_root, tmp_path):
     for file in ("evil.pth", "evil.ckpt", "folder/pytorch_model.bin"):
         torch.save({"state_dict": Evil(tmp_path / "executed")}, tmp_path / file)
     with pytest.raises(ValueError, match=r"evil\.pth cannot be read"):
-        Cse(**TINY, weights=tmp_path / "evil.pth")
+        Cse(**{**TINY, "pre_trained": True, "weights": tmp_path / "evil.pth"})
     with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read"):
-        Cse(**{**TINY, "backbone": f"local-dir:{tmp_path / 'folder'}"})
-    model = Cse(**TINY, pre_trained=False)
+        Cse(**{**TINY, "pre_trained": True, "backbone": f"local-dir:{tmp_path / 'folder'}"})
+    model = Cse(**TINY)
     data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
     for use in (Engine.fit, Engine.test):
         with pytest.raises(Exception, match=r"(?s)weights.only"):
@@ -112,7 +111,7 @@ def test_a_download_with_another_hash_is_refused_and_not_kept(mvtec_root, tmp_pa
     for attempt in (1, 2):  # the second must not take what the first has left for granted
         with pytest.raises(ValueError, match="does not match the required hash"):
             Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(
-                Cse(**TINY, pre_trained=False, dtd_dir=tmp_path / "dtd", download_dtd=True),
+                Cse(**TINY, dtd_dir=tmp_path / "dtd", download_dtd=True),
                 datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0),
             )
         assert len(fetched) == attempt

@@ -6,8 +6,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
-import numpy as np
 import openvino
 import pytest
 import torch
@@ -21,28 +19,14 @@ from anomalib_cse import Cse
 from anomalib_cse.loss import CseLoss
 from anomalib_cse.torch_model import Decoder, Embedder, cosine_distances, pool
 
+from tiny import QUIET, TINY
+
 SHARE = float(os.environ.get("CSE_STRESS", "1"))
-TINY = {"backbone": "test_efficientnet", "layers": (2, 3), "pre_trained": False, "image_size": (64, 64), "seed": 0}
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
 def memory():
     """This process's resident memory in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
-@pytest.fixture
-def root(tmp_path):
-    rng = np.random.default_rng(0)
-    for place, count in (("train/good", 6), ("test/good", 2), ("test/square", 2), ("ground_truth/square", 2)):
-        (tmp_path / "tiny" / place).mkdir(parents=True)
-        for number in range(count):
-            image = rng.integers(90, 110, (72, 96, 3), dtype=np.uint8)
-            if place.endswith("square"):
-                image[20:50, 30:60] = 255
-            name = f"{number:03}_mask.png" if "truth" in place else f"{number:03}.png"
-            cv2.imwrite(str(tmp_path / "tiny" / place / name), (image > 200) * 255 if "truth" in place else image)
-    return tmp_path
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -84,21 +68,21 @@ class Memory(Callback):
 
 
 @pytest.mark.parametrize("budget", [0, 2**30])
-def test_two_hundred_epochs_in_flat_memory(budget, root, tmp_path):
+def test_two_hundred_epochs_in_flat_memory(budget, mvtec_root, tmp_path):
     epochs, seen = max(8, round(200 * SHARE)), Memory()
     engine = Engine(max_epochs=epochs, default_root_dir=tmp_path, callbacks=[seen], **QUIET)
     begun = time.perf_counter()
-    engine.fit(Cse(**TINY, memory_budget=budget), datamodule=MVTecAD(root=root, category="tiny", num_workers=0))
+    engine.fit(Cse(**TINY, memory_budget=budget), datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0))
     settled, end = max(seen.after[: epochs // 4]), max(seen.after[-epochs // 4 :])
     print(f"{epochs} epochs, {settled:.0f} MB, then {end:.0f} MB, {time.perf_counter() - begun:.0f} s")  # noqa: T201
     assert end < settled + 20
 
 
-def test_fifty_thousand_images_through_one_compiled_model(root, tmp_path):
+def test_fifty_thousand_images_through_one_compiled_model(mvtec_root, tmp_path):
     """Four threads with a request each share it; scores are those of the first pass, bit by bit, and memory is flat."""
     model = Cse(**TINY, post_processor=False)  # whose scores would all be clipped to 1: these images are pure noise
     engine = Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET)
-    engine.fit(model, datamodule=MVTecAD(root=root, category="tiny", num_workers=0))
+    engine.fit(model, datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0))
     exported = engine.export(model, export_type=ExportType.OPENVINO, export_root=tmp_path)
     compiled = openvino.compile_model(exported, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": "2"})
     images = torch.rand(100, 1, 3, 72, 96, generator=torch.Generator().manual_seed(0)).numpy()

@@ -1,0 +1,40 @@
+"""What most tests run: a small Cse without a word, from Python and through anomalib's command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ANOMALIB = Path(sys.executable).with_name("anomalib")
+TINY = {
+    "backbone": "test_efficientnet",
+    "layers": (2, 3),
+    "pre_trained": False,
+    "image_size": (64, 64),
+    "batch_size": 4,
+    "seed": 0,
+}
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+def flags(prefix, values):
+    """Arguments as the command line has them."""
+
+    def written(value):
+        return list(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
+
+    return [f"--{prefix}.{name}={written(value)}" for name, value in values.items()]
+
+
+def anomalib(folder, *arguments):
+    """Run anomalib's command line in a folder and return what it prints."""
+    run = subprocess.run(
+        [ANOMALIB, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout

@@ -71,6 +71,11 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def exported_size(network: Path) -> float:
+    """Size of an exported model in MB, that of OpenVINO's weights, which are a file of their own, included."""
+    return sum(file.stat().st_size for file in {network, network.with_suffix(".bin")} if file.exists()) / 1e6
+
+
 def hardware() -> str:
     """Processor, number of threads and version of torch in one line."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import CenterCrop, Resize
 from torchvision.transforms.v2.functional import resize
 
-from common import hardware, in_child, peak_memory
+from common import exported_size, hardware, in_child, peak_memory
 from contenders import ABLATIONS, BATCH_SIZE, EFFICIENT_AD_STEPS, EPOCHS, contender
 from report import contact_sheet, not_run, table, trade_off
 
@@ -122,7 +122,7 @@ def leave(engine: Engine, model: AnomalibModule, images: MVTecAD, folder: Path, 
     except Exception as error:  # noqa: BLE001  as above
         traceback.print_exception(error)
         return {"remark": f"not exported: {type(error).__name__}"}
-    return {"exported_MB": sum(file.stat().st_size for file in (network, network.with_suffix(".bin"))) / 1e6}
+    return {"exported_MB": exported_size(network)}
 
 
 def input_size(model: AnomalibModule) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from anomalib_cse import Cse
 from anomalib_cse.datamodules import MVTec
 
-from common import hardware, in_child, markdown
+from common import exported_size, hardware, in_child, markdown
 
 COMPRESSIONS = (None, CompressionType.FP16, CompressionType.INT8, CompressionType.INT8_PTQ)
 HINTS: tuple[dict[str, str], ...] = ({}, {"INFERENCE_PRECISION_HINT": "f32"})
@@ -54,8 +54,7 @@ def export(options: argparse.Namespace, compression: CompressionType | None, fol
         compression_type=compression,
         datamodule=images_of(options),
     )
-    size = sum(part.stat().st_size for part in (Path(file), Path(file).with_suffix(".bin")))
-    return {"file": file, "exported MB": size / 1e6}
+    return {"file": file, "exported MB": exported_size(Path(file))}
 
 
 def deployed(file: Path, hint: dict[str, str], files: list[str], folder: Path) -> dict[str, Any]:

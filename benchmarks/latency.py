@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from anomalib_cse import Cse
 
-from common import hardware, in_child, markdown
+from common import exported_size, hardware, in_child, markdown
 
 BACKBONES = ("efficientnet_b3", "tf_efficientnet_lite0")
 SIZE = (224, 224)
@@ -86,8 +86,7 @@ def export(backbone: str, name: str, folder: Path) -> dict[str, Any]:
     network = Engine(default_root_dir=folder).export(
         cse(backbone), kind, export_root=folder, input_size=SIZE, compression_type=compression
     )
-    files = [Path(network), *([Path(network).with_suffix(".bin")] if kind == "openvino" else [])]
-    return {"file": files[0], "exported MB": sum(file.stat().st_size for file in files) / 1e6}
+    return {"file": Path(network), "exported MB": exported_size(Path(network))}
 
 
 def deployed(file: Path, name: str, rounds: int) -> dict[str, Any]:

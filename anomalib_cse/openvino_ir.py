@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 from anomalib.data import AnomalibDataModule
 
 if TYPE_CHECKING:  # optional packages
+    from nncf import IgnoredScope
     from openvino import Model
 
 CONSTANT = {"Parameter", "Const", "Result"}
@@ -38,15 +39,22 @@ def keep_single_precision(path: Path, *, only_before_convolution: bool = False) 
     tree.write(path, xml_declaration=True, encoding="utf-8")
 
 
-def compress_weights(model: "Model") -> "Model":
-    """NNCF's 8-bit weights for all but the matrix products, which resize images: theirs are no weights."""
+def resizing() -> "IgnoredScope":
+    """The matrix products, which resize images: what NNCF is to leave alone, in models that have any."""
     import nncf
 
-    return nncf.compress_weights(model, ignored_scope=nncf.IgnoredScope(types=["MatMul"], validate=False))
+    return nncf.IgnoredScope(types=["MatMul"], validate=False)
+
+
+def compress_weights(model: "Model") -> "Model":
+    """NNCF's 8-bit weights for all but the resizing, whose matrices are no weights."""
+    import nncf
+
+    return nncf.compress_weights(model, ignored_scope=resizing())
 
 
 def quantize(model: "Model", datamodule: AnomalibDataModule) -> "Model":
-    """NNCF's post-training quantisation of all but the matrix products, which resize images.
+    """NNCF's post-training quantisation of all but the resizing.
 
     Args:
         model: What is to be quantised.
@@ -56,4 +64,4 @@ def quantize(model: "Model", datamodule: AnomalibDataModule) -> "Model":
 
     datamodule.setup("fit")
     images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image.numpy())
-    return nncf.quantize(model, images, ignored_scope=nncf.IgnoredScope(types=["MatMul"], validate=False))
+    return nncf.quantize(model, images, ignored_scope=resizing())

@@ -493,11 +493,11 @@ class Cse(AnomalibModule):
         trainer = self.trainer
         if trainer.ckpt_path is None or self._data is None or not self.model.centres.isnan().any():
             return
+        self.check_end()
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):  # it still names the file of the first run
                 now: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
                 callback.best_model_path = callback.format_checkpoint_name(now | trainer.callback_metrics)
-        self.check_end()
         self.to(trainer.strategy.root_device)  # Lightning has already moved it to the CPU
         self.on_train_end()
         self.cpu()
@@ -575,8 +575,11 @@ class Cse(AnomalibModule):
         Raises:
             ValueError: If that cannot be had of a compression, or it lacks its images.
         """
-        if compression_type == CompressionType.INT8_ACQ:
-            msg = "compression_type INT8_ACQ would quantise the resizing of images: take FP16, INT8 or INT8_PTQ"
+        if compression_type not in (None, CompressionType.FP16, CompressionType.INT8, CompressionType.INT8_PTQ):
+            msg = (
+                "compression_type: take FP16, INT8 or INT8_PTQ (INT8_ACQ would quantise the resizing of images), "
+                f"got {compression_type}"
+            )
             raise ValueError(msg)
         if compression_type == CompressionType.INT8_PTQ and kwargs.get("datamodule") is None:
             msg = "compression_type INT8_PTQ takes ranges from images: give a datamodule (--data on the command line)"
@@ -585,19 +588,9 @@ class Cse(AnomalibModule):
         keep_single_precision(path, only_before_convolution=compression_type is not None)
         return path
 
-    def _compress_ov_model(
-        self,
-        model: Any,
-        compression_type: CompressionType | None = None,
-        datamodule: AnomalibDataModule | None = None,
-        *args: Any,
-    ) -> Any:
-        """As anomalib compresses, but for the pre-processing, which must stay as it is."""
-        if compression_type == CompressionType.INT8:
-            return compress_weights(model)
-        if compression_type == CompressionType.INT8_PTQ and datamodule is not None:
-            return quantize(model, datamodule)
-        return super()._compress_ov_model(model, compression_type, datamodule, *args)
+    def _compress_ov_model(self, model: Any, compression_type: Any = None, datamodule: Any = None, *_: Any) -> Any:
+        """As anomalib compresses to 8 bits, but for the pre-processing, which must stay as it is."""
+        return compress_weights(model) if compression_type == CompressionType.INT8 else quantize(model, datamodule)
 
     def restore_validation(self) -> None:
         """Give the trainer its own ``limit_val_batches`` back."""

@@ -193,7 +193,11 @@ def test_rounding_is_only_for_models_that_were_compressed(model, paths, folder):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [(CompressionType.INT8_ACQ, "take FP16, INT8 or INT8_PTQ"), (CompressionType.INT8_PTQ, "give a datamodule")],
+    [
+        (CompressionType.INT8_ACQ, "take FP16, INT8 or INT8_PTQ"),
+        ("int4", "take FP16, INT8 or INT8_PTQ .* got int4"),
+        (CompressionType.INT8_PTQ, "give a datamodule"),
+    ],
 )
 def test_compression_that_cannot_be_is_refused_at_once(kind, message, model, folder):
     with pytest.raises(ValueError, match=message):

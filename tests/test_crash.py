@@ -147,6 +147,19 @@ class Diverge(Callback):
             pl_module.embedder[0][0].weight.data.fill_(torch.nan)
 
 
+def test_a_hold_out_loss_that_is_no_number_stops_the_run(whole, mvtec_root, tmp_path):
+    """Weights that are all finite may still give one; what was saved before resumes as if nothing had happened."""
+    measured = Cse.holdout_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cse, "holdout_loss", lambda self: measured(self) * (torch.nan if self.current_epoch == 2 else 1))
+        with pytest.raises(RuntimeError, match="training diverged: hold-out loss nan in epoch 2; lower learning_rate"):
+            fit(mvtec_root, tmp_path / "diverged")
+    [checkpoint] = (tmp_path / "diverged").rglob("*.ckpt")
+    loaded = Cse.load_from_checkpoint(checkpoint)
+    assert loaded.best_loss.isfinite()
+    assert_resumes_to(whole, checkpoint, mvtec_root, tmp_path / "resumed")
+
+
 @pytest.mark.parametrize("holdout_ratio", [0, 0.3])
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(holdout_ratio, mvtec_root, tmp_path):
     with pytest.raises(RuntimeError, match=r"training diverged: .* epoch 1; lower learning_rate"):

@@ -20,17 +20,30 @@ from tiny import QUIET, TINY
 EPOCHS = 4
 
 KILLED = f"""
-import os, sys
+import io, os, sys, torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from lightning.pytorch.callbacks import Callback
 from anomalib_cse import Cse
 
+how, busy_with = int(sys.argv[3]), sys.argv[4]
+save = torch.save
+
 class Kill(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if (trainer.current_epoch, batch_idx) == (2, 1):
-            os.kill(os.getpid(), int(sys.argv[3]))
+        if (trainer.current_epoch, batch_idx, busy_with) == (2, 1, "training"):
+            os.kill(os.getpid(), how)
 
+def save_half(checkpoint, file):
+    if (checkpoint["epoch"], busy_with) == (2, "writing"):
+        content = io.BytesIO()
+        save(checkpoint, content)
+        file.write(content.getvalue()[: len(content.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), how)
+    save(checkpoint, file)
+
+torch.save = save_half
 engine = Engine(max_epochs={EPOCHS}, default_root_dir=sys.argv[2], callbacks=[Kill()], **{QUIET})
 engine.fit(Cse(**{TINY}), datamodule=MVTecAD(root=sys.argv[1], category="tiny", num_workers=0))
 """
@@ -60,16 +73,18 @@ def assert_resumes_to(whole, checkpoint, root, results):
 
 
 def test_a_killed_run_resumes_to_the_uninterrupted_result(whole, mvtec_root, tmp_path):
-    """Killed outright, and stopped by Ctrl-C, in the middle of the third epoch."""
-    runs = {
-        how: subprocess.Popen([sys.executable, "-c", KILLED, mvtec_root, tmp_path / how.name, str(int(how))])
-        for how in (signal.SIGKILL, signal.SIGINT)
-    }
-    for how, ends_with in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 1)):
-        assert runs[how].wait(timeout=120) == ends_with
-        [checkpoint] = (tmp_path / how.name).rglob("*.ckpt")
+    """Killed outright and by Ctrl-C amid the third epoch, and when that epoch's checkpoint was half written."""
+    cases = (("training", signal.SIGKILL), ("training", signal.SIGINT), ("writing", signal.SIGKILL))
+    runs = [
+        subprocess.Popen([sys.executable, "-c", KILLED, mvtec_root, tmp_path / f"{case}", str(int(how)), busy_with])
+        for case, (busy_with, how) in enumerate(cases)
+    ]
+    for case, (busy_with, how) in enumerate(cases):
+        assert runs[case].wait(timeout=120) == (1 if how == signal.SIGINT else -how)
+        [checkpoint] = (tmp_path / f"{case}").rglob("*.ckpt")
         assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
-        assert_resumes_to(whole, checkpoint, mvtec_root, tmp_path / f"resumed_{how.name}")
+        assert len(list(checkpoint.parent.iterdir())) == (2 if busy_with == "writing" else 1)  # the half one is there
+        assert_resumes_to(whole, checkpoint, mvtec_root, tmp_path / f"resumed_{case}")
 
 
 class BreakAtTheEnd(Callback):

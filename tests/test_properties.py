@@ -78,11 +78,14 @@ def test_losses_are_finite_within_their_range_and_blind_to_length(
     target=st.tuples(
         st.integers(2, 120), st.integers(2, 120)
     ),  # to one column torch's own is wrong: all rows are alike
+    dtype=DTYPES,
 )
-def test_resizing_equals_torchvisions_and_stays_in_range(seed, batch, channels, size, target):
-    images = rand(seed, batch, channels, *size)
+def test_resizing_equals_torchvisions_and_stays_in_range(seed, batch, channels, size, target, dtype):
+    images = rand(seed, batch, channels, *size, dtype=dtype)
     resized = ExactResize(target)(images)
-    assert resized.shape == (batch, channels, *target)
-    assert torch.allclose(resized, TF.resize(images, list(target), antialias=True), atol=1e-5)
-    assert resized.min() >= images.min() - 1e-6
-    assert resized.max() <= images.max() + 1e-6
+    assert (resized.shape, resized.dtype) == ((batch, channels, *target), dtype)
+    expected = TF.resize(images.double(), list(target), antialias=True)
+    roundings = 4 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-6  # of weights, rows and columns, in [0, 1]
+    assert torch.allclose(resized.double(), expected, rtol=0, atol=max(roundings, 1e-5))
+    assert resized.min() >= images.min() - roundings
+    assert resized.max() <= images.max() + roundings

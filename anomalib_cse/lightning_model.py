@@ -40,6 +40,7 @@ from .loss import CseLoss, decoder_loss
 from .openvino_ir import compress_weights, keep_single_precision, quantize
 from .pairs import PairBatch
 from .pre_processing import EvaluationPreProcessing, ExactPreProcessor
+from .reading import name_files
 from .synthesis import KINDS, AnomalySynthesis
 from .textures import builtin_textures, load_textures
 from .torch_model import CseModel, Decoder, Embedder, fold_batch_norm, pool
@@ -298,6 +299,7 @@ class Cse(AnomalibModule):
         self.restore_validation()  # if an earlier fit was broken off
         if stage != TrainerFn.FITTING:
             self._random_state = torch.get_rng_state()  # every DataLoader draws from it once, whatever it reads
+            name_files(trainer)
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, AnomalibDataModule) and trainer.limit_val_batches and not getattr(data, "val_data", None):
@@ -306,6 +308,7 @@ class Cse(AnomalibModule):
                 f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
             )
             raise ValueError(msg)
+        name_files(trainer)
         self.best_loss.fill_(torch.inf)
         self.model.centres.fill_(torch.nan)  # they would be those of another embedder
         self.fit_seed.fill_(trainer.strategy.broadcast(self.effective_seed))

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import Dataset, DistributedSampler, Subset
+from torch.utils.data import Dataset, DistributedSampler
+
+from .reading import paths, read
 
 
 class Pair(NamedTuple):
@@ -141,20 +143,8 @@ class PreparedImages(Dataset):
         Raises:
             ValueError: If it cannot be read or holds NaN or infinite pixels.
         """
-        try:
-            image = self.dataset[index].image
-        except Exception as error:  # Pillow has a dozen kinds for broken files
-            msg = f"training image {image_path(self.dataset, index)} cannot be read: {error}"
-            raise ValueError(msg) from error
+        image = read(self.dataset, index, "training image").image
         if not image.isfinite().all():
-            msg = f"training image {image_path(self.dataset, index)} holds NaN or infinite pixels"
+            msg = f"training image {paths(self.dataset, index)[0]} holds NaN or infinite pixels"
             raise ValueError(msg)
         return self.transform(image) if self.transform else image
-
-
-def image_path(dataset: Any, index: int) -> str:
-    """The file of an image of an anomalib dataset or of a torch ``Subset`` of one, or else its number."""
-    if isinstance(dataset, Subset):
-        return image_path(dataset.dataset, dataset.indices[index])
-    samples = getattr(dataset, "samples", None)
-    return f"number {index}" if samples is None else str(samples.iloc[index].image_path)

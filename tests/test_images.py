@@ -1,9 +1,11 @@
 """Images as they come: what anomalib reads gets a finite score, anything else is refused by name."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from anomalib.data import Folder, ImageBatch, ImageItem
+from anomalib.data import Folder, ImageBatch, ImageItem, MVTecAD, PredictDataset
 from anomalib.engine import Engine
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
@@ -97,6 +99,41 @@ def test_training_names_the_file_that_cannot_be_read(images, tmp_path):
                 Cse(**TINY), datamodule=datamodule(training)
             )
         at.unlink()
+
+
+BROKEN = [("truncated_whole.png", 0), ("truncated_whole.jpg", 0), ("empty.png", 0), ("text.png", 0)]
+
+
+@pytest.mark.parametrize(("name", "num_workers"), [*BROKEN, ("truncated_whole.png", 2)])
+def test_prediction_names_the_file_that_cannot_be_read(name, num_workers, trained, tmp_path):
+    """Also after a fit that failed while Lightning, which then leaves torch's ``DataLoader`` patched, asked for one."""
+    unreadable(tmp_path)
+    files = PredictDataset(tmp_path)
+    numbers = {file.name: number for number, file in enumerate(files.image_filenames)}
+    chosen = Subset(files, [numbers["whole.png"], numbers[name]])
+    loader = DataLoader(chosen, collate_fn=files.collate_fn, num_workers=num_workers)
+    with pytest.raises(ValueError, match=rf"image \S*{name} cannot be read"):
+        Engine(default_root_dir=tmp_path, **UNVALIDATED).predict(trained, dataloaders=loader)
+
+
+@pytest.mark.parametrize(
+    ("use", "place", "num_workers"),
+    [
+        (Engine.validate, "test/square/001.png", 0),
+        (Engine.test, "test/square/001.png", 2),
+        (Engine.test, "ground_truth/square/001_mask.png", 0),
+        (Engine.fit, "ground_truth/square/001_mask.png", 0),  # by the validation at the end
+    ],
+)
+def test_evaluation_names_the_file_that_cannot_be_read(use, place, num_workers, mvtec_root, tmp_path):
+    shutil.copytree(mvtec_root, tmp_path / "data")
+    broken = tmp_path / "data" / "tiny" / place
+    broken.write_bytes(broken.read_bytes()[:-30])
+    model = Cse(**TINY)
+    model.model.set_centres(torch.ones_like(model.model.centres))
+    data = MVTecAD(root=tmp_path / "data", category="tiny", num_workers=num_workers)
+    with pytest.raises(ValueError, match=rf"image \S*{place} cannot be read"):
+        use(Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET), model, datamodule=data)
 
 
 class Spoilt(torch.utils.data.Dataset):

@@ -77,10 +77,10 @@ class FrozenBackbone(nn.Module):
         truncate(self.net)
         self.net.to(memory_format=torch.channels_last)  # what convolutions on a CPU prefer
         config = timm.data.resolve_data_config({}, model=self.net)
-        self.architecture: str = self.net.pretrained_cfg["architecture"]  # type: ignore[assignment, index]
+        self.architecture: str = self.net.pretrained_cfg["architecture"]
         self.levels = out_indices
-        self.stride: int = max(self.net.feature_info.reduction())  # type: ignore[operator, union-attr]
-        self.channels: list[int] = self.net.feature_info.channels()  # type: ignore[operator, union-attr]
+        self.stride: int = max(self.net.feature_info.reduction())
+        self.channels: list[int] = self.net.feature_info.channels()
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
         self.requires_grad_(requires_grad=False)
@@ -132,8 +132,13 @@ def resolve_layers(architecture: str, layers: Sequence[int] | Sequence[str]) -> 
     Raises:
         ValueError: If a layer is unknown or repeated, or none is given.
     """
-    with torch.device("meta"):  # only the description is wanted, no weights
-        net: Any = from_timm(architecture, pretrained=False, features_only=True)
+    options = {"pretrained": False, "features_only": True}
+    try:
+        with torch.device("meta"):  # only the description is wanted, no weights
+            net = from_timm(architecture, **options)
+    except NotImplementedError:  # some networks compute their own shape in tensors, which takes a newer torch or timm
+        with torch.random.fork_rng(devices=[]):
+            net = from_timm(architecture, **options)
     if getattr(net, "output_fmt", Format.NCHW) != Format.NCHW:  # transformers that keep channels last
         msg = f"backbone={architecture!r} is no timm model that gives maps (B, C, H, W): take a convolutional one"
         raise ValueError(msg)
@@ -151,7 +156,7 @@ def resolve_layers(architecture: str, layers: Sequence[int] | Sequence[str]) -> 
     return sorted(levels)
 
 
-def from_timm(architecture: str, **options: Any) -> nn.Module:
+def from_timm(architecture: str, **options: Any) -> Any:
     """A network as timm creates it.
 
     Raises:

@@ -1,6 +1,7 @@
 """Bilinear resizing as two matrix products: equal to torch's, and it exports to what it is."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ def resize_matrix(in_size: int, out_size: int, device: torch.device | None = Non
     """
     centre = (2 * torch.arange(out_size, device=device)[None, None, :, None] + 1) * in_size  # of output i, times 2 m
     sample = (2 * torch.arange(in_size, device=device)[None, None, None] + 1) * out_size  # of input j, times 2 m
-    half_width = 2 * torch.sym_max(in_size, out_size)
-    weights = (half_width - (sample - centre).abs()).clamp(min=0)  # type: ignore[union-attr]
+    half_width: Any = 2 * torch.sym_max(in_size, out_size)
+    weights = (half_width - (sample - centre).abs()).clamp(min=0)
     return weights * (weights.sum(dim=-1, keepdim=True).log() * -1).exp()  # weights / their sum
 
 

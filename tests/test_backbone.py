@@ -58,6 +58,21 @@ def test_layers_by_name_and_number():
     assert resolve_layers("efficientnet_b3", ("blocks.6", "blocks.4")) == [3, 4]
 
 
+def test_layers_of_a_network_that_takes_weights_to_be_described(monkeypatch):
+    """regnetx_002 with torch 2.10, whose ``unique`` has no shape without values."""
+    create = timm.create_model
+
+    def without_meta(*arguments, **options):
+        if torch.get_default_device().type == "meta":
+            raise NotImplementedError
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_meta)
+    before = torch.get_rng_state()
+    assert resolve_layers("test_efficientnet", ("blocks.2", "blocks.4")) == [2, 4]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("layers", [(3, 9), ("blocks.4", "layer9"), (3, 3), ()])
 def test_unknown_layers(layers):
     with pytest.raises(ValueError, match=r"0\.\.4 or names out of \['blocks\.0'"):

@@ -129,7 +129,7 @@ def test_two_processes_get_one_model(count, training, share, mvtec_root, tmp_pat
 
 def test_benchmark_makes_one_table(trained):
     folder, data, _ = trained
-    backbone = {"backbone": "test_resnet", "layers": ["layer2", "layer3"], "pre_trained": False}
+    backbone = {"backbone": "test_resnet", "layers": ["layer3", "layer4"], "pre_trained": False}
     config = {
         "accelerator": "cpu",
         "benchmark": {

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,12 @@ def python(code, *options, **environment):
     return run.stdout.strip().splitlines()
 
 
+def pythons(*codes, **environment):
+    """Two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda code: python(code, **environment), codes))
+
+
 def test_the_hook_is_installed_with_the_package():
     assert (Path(sysconfig.get_paths()["purelib"]) / "anomalib_cse.pth").is_file()
 
@@ -42,19 +49,16 @@ print(anomalib.data.get_datamodule({{"class_path": "MVTec", "init_args": {{"cate
     assert python(code) == ["True", "anomalib_cse.lightning_model", "Cse", "Cse", "True", "grid"]
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
+def test_any_order_of_imports():
+    first = [
         "import anomalib_cse; anomalib_cse.Cse",
         "from anomalib_cse.lightning_model import Cse",
         "from anomalib_cse.demo import SurfaceDemo",
         "import anomalib.data",
         "from anomalib.engine import Engine",
-    ],
-)
-def test_any_order_of_imports(first):
-    code = f"{first}\nimport anomalib.models as m, anomalib.data as d\nprint(m.Cse.__name__, d.MVTec.__name__)"
-    assert python(code) == ["Cse MVTec"]
+    ]
+    then = "import anomalib.models as m, anomalib.data as d\nprint(m.Cse.__name__, d.MVTec.__name__)"
+    assert pythons(*(f"{line}\n{then}" for line in first)) == [["Cse MVTec"]] * len(first)
 
 
 def test_starting_up_imports_nothing_heavy():
@@ -64,12 +68,13 @@ def test_starting_up_imports_nothing_heavy():
 
 
 def test_an_environment_variable_turns_it_off():
-    code = "import sys, anomalib.models as m; print(hasattr(m, 'Cse'), 'anomalib_cse' in sys.modules)"
-    assert python(code, ANOMALIB_CSE_AUTOLOAD="0") == ["False False"]
-    code = "import anomalib_cse.plugin as p; p.install(); import anomalib.models as m; print(m.Cse.__name__)"
-    assert python(code, ANOMALIB_CSE_AUTOLOAD="0") == ["Cse"]
-    code = "import anomalib.models as m; import anomalib_cse.plugin as p; p.install(); print(m.Cse.__name__)"
-    assert python(code, ANOMALIB_CSE_AUTOLOAD="0") == ["Cse"]
+    printed = pythons(
+        "import sys, anomalib.models as m; print(hasattr(m, 'Cse'), 'anomalib_cse' in sys.modules)",
+        "import anomalib_cse.plugin as p; p.install(); import anomalib.models as m; print(m.Cse.__name__)",
+        "import anomalib.models as m; import anomalib_cse.plugin as p; p.install(); print(m.Cse.__name__)",
+        ANOMALIB_CSE_AUTOLOAD="0",
+    )
+    assert printed == [["False False"], ["Cse"], ["Cse"]]
 
 
 def test_other_programs_survive_a_broken_or_absent_anomalib(tmp_path):

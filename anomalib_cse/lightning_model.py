@@ -40,7 +40,7 @@ from .loss import CseLoss, decoder_loss
 from .openvino_ir import compress_weights, keep_single_precision, quantize
 from .pairs import PairBatch
 from .pre_processing import EvaluationPreProcessing, ExactPreProcessor
-from .reading import name_files
+from .reading import name_unreadable_files
 from .synthesis import KINDS, AnomalySynthesis
 from .textures import builtin_textures, load_textures
 from .torch_model import CseModel, Decoder, Embedder, fold_batch_norm, pool
@@ -299,7 +299,7 @@ class Cse(AnomalibModule):
         self.restore_validation()  # if an earlier fit was broken off
         if stage != TrainerFn.FITTING:
             self._random_state = torch.get_rng_state()  # every DataLoader draws from it once, whatever it reads
-            name_files(trainer)
+            name_unreadable_files(trainer)
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, AnomalibDataModule) and trainer.limit_val_batches and not getattr(data, "val_data", None):
@@ -308,7 +308,7 @@ class Cse(AnomalibModule):
                 f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
             )
             raise ValueError(msg)
-        name_files(trainer)
+        name_unreadable_files(trainer)
         self.best_loss.fill_(torch.inf)
         self.model.centres.fill_(torch.nan)  # they would be those of another embedder
         self.fit_seed.fill_(trainer.strategy.broadcast(self.effective_seed))
@@ -606,6 +606,7 @@ class Cse(AnomalibModule):
         """Let go of the training images; leave the trainer, and torch's random state after scoring, as they were."""
         self._data = None
         self.restore_validation()
+        vars(self.trainer.strategy).pop("process_dataloader", None)  # see name_unreadable_files
         if stage != TrainerFn.FITTING:
             torch.set_rng_state(self._random_state)
 

@@ -6,6 +6,8 @@ from xml.etree import ElementTree
 
 from anomalib.data import AnomalibDataModule
 
+from .reading import with_named_files
+
 if TYPE_CHECKING:  # optional packages
     from nncf import IgnoredScope
     from openvino import Model
@@ -63,5 +65,5 @@ def quantize(model: "Model", datamodule: AnomalibDataModule) -> "Model":
     import nncf
 
     datamodule.setup("fit")
-    images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image.numpy())
+    images = nncf.Dataset(with_named_files(datamodule.val_dataloader()), lambda batch: batch.image.numpy())
     return nncf.quantize(model, images, ignored_scope=resizing())

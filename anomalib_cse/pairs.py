@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from .reading import paths, read
+from .reading import files_of, read_item
 
 
 class Pair(NamedTuple):
@@ -143,8 +143,8 @@ class PreparedImages(Dataset):
         Raises:
             ValueError: If it cannot be read or holds NaN or infinite pixels.
         """
-        image = read(self.dataset, index, "training image").image
+        image = read_item(self.dataset, index, "training image").image
         if not image.isfinite().all():
-            msg = f"training image {paths(self.dataset, index)[0]} holds NaN or infinite pixels"
+            msg = f"training image {files_of(self.dataset, index)[0]} holds NaN or infinite pixels"
             raise ValueError(msg)
         return self.transform(image) if self.transform else image

@@ -1,21 +1,20 @@
 """Images that cannot be read, refused by the name of their file: Pillow does not always give it."""
 
+import copy
 from typing import Any
 
 from anomalib.data.utils import read_image
-from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 
-def paths(dataset: Any, index: int) -> list[str]:
+def files_of(dataset: Any, index: int) -> list[str]:
     """The image, or else its number, and the mask if there is one, of an anomalib dataset or a ``Subset`` of one."""
     if isinstance(dataset, Subset):
-        return paths(dataset.dataset, dataset.indices[index])
+        return files_of(dataset.dataset, dataset.indices[index])
     if hasattr(dataset, "image_filenames"):  # anomalib's PredictDataset
         return [str(dataset.image_filenames[index])]
-    if not hasattr(dataset, "samples"):
+    if not hasattr(getattr(dataset, "samples", None), "iloc"):
         return [f"number {index}"]
     sample = dataset.samples.iloc[index]
     mask = sample.get("mask_path")
@@ -31,7 +30,7 @@ def is_readable(path: str) -> bool:
     return True
 
 
-def read(dataset: Dataset, index: int, kind: str = "image") -> Any:
+def read_item(dataset: Dataset, index: int, kind: str = "image") -> Any:
     """One item of a dataset.
 
     Args:
@@ -45,8 +44,10 @@ def read(dataset: Dataset, index: int, kind: str = "image") -> Any:
     try:
         return dataset[index]
     except Exception as error:
-        image, *masks = paths(dataset, index)
-        broken = masks[0] if masks and is_readable(image) else image
+        files = files_of(dataset, index)
+        broken = next((file for file in files if not is_readable(file)), None)
+        if broken is None:
+            raise
         msg = f"{kind} {broken} cannot be read: {error}"
         raise ValueError(msg) from error
 
@@ -67,32 +68,30 @@ class NamedFiles(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         """One item."""
-        return read(self.dataset, index)
+        return read_item(self.dataset, index)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the dataset has, for those who look through the dataloader."""
+        if name.startswith("__"):  # of pickle and torch, which are to take this one for what it is
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
 
-def name_files(trainer: Trainer) -> None:
-    """Have a trainer read what it is about to validate, test or predict as :class:`NamedFiles`.
+def name_unreadable_files(trainer: Trainer) -> None:
+    """Have a trainer validate, test and predict from :class:`NamedFiles`, once Lightning has made its dataloaders."""
+    strategy = trainer.strategy
 
-    To be called in ``setup``: between asking for a dataloader and starting its workers Lightning calls nobody.
-    """
-    loops: dict[Any, tuple[Any, float]] = {
-        TrainerFn.FITTING: (trainer.fit_loop.epoch_loop.val_loop, trainer.limit_val_batches),
-        TrainerFn.VALIDATING: (trainer.validate_loop, trainer.limit_val_batches),
-        TrainerFn.TESTING: (trainer.test_loop, trainer.limit_test_batches),
-        TrainerFn.PREDICTING: (trainer.predict_loop, trainer.limit_predict_batches),
-    }
-    loop, limit = loops[trainer.state.fn]
-    source = loop._data_source
-    if limit and source.is_defined():
-        source.instance = apply_to_collection(source.dataloader(), DataLoader, with_named_files)
+    def process(loader: object) -> object:
+        loader = type(strategy).process_dataloader(strategy, loader)
+        return loader if trainer.training else with_named_files(loader)
+
+    strategy.process_dataloader = process  # type: ignore[assignment, method-assign]
 
 
-def with_named_files(loader: DataLoader) -> DataLoader:
+def with_named_files(loader: Any) -> Any:
     """The same dataloader, reading by name; the user's own stays as it is."""
-    if isinstance(loader.dataset, IterableDataset):
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    named = loader.__new__(type(loader))
-    # not copied: Lightning's notes for making the loader anew, which hold the dataset as well
-    state = {name: value for name, value in vars(loader).items() if not name.startswith("__pl_")}
-    vars(named).update(state, dataset=NamedFiles(loader.dataset))
+    named = copy.copy(loader)
+    vars(named).update(dataset=NamedFiles(loader.dataset), _iterator=None)  # workers, if any, have the other dataset
     return named

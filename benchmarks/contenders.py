@@ -100,7 +100,7 @@ class Contender:
             net = description(self.backbone)
             strides = STRIDES[self.name]
             known = zip(net.feature_info.reduction(), net.feature_info.module_name(), strict=True)
-            arguments["layers"] = [name for stride, name in known if stride in strides]
+            arguments.setdefault("layers", [name for stride, name in known if stride in strides])
             components["pre_processor"] = normalised(class_of(self.name), net)
         return class_of(self.name)(**arguments, **components)
 
@@ -160,7 +160,8 @@ def contender(row: str, seed: int, options: Namespace) -> Contender:
             model.deviations.append(backbone)
     elif name in STRIDES and backbone:
         model.arguments, model.backbone = {"backbone": options.backbone}, options.backbone
-        model.deviations.append(f"{backbone} with its normalisation, layers of the default's strides")
+        layers = "" if "layers" in given else ", layers of the default's strides"
+        model.deviations.append(f"{backbone} with its normalisation{layers}")
         if name == "Padim":
             model.arguments["n_features"] = PADIM_FEATURES
             model.deviations.append(f"{PADIM_FEATURES} features")

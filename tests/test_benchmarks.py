@@ -116,6 +116,9 @@ def test_peers_get_the_backbone_its_normalisation_and_layers_of_their_strides(co
     assert shapes == [(8, 8), (4, 4)]  # strides 8 and 16
     [normalise] = [t for t in model.pre_processor.transform.transforms if isinstance(t, Normalize)]
     assert normalise.mean == [0.1, 0.2, 0.3]
+    chosen = contenders.contender("Patchcore layers=[blocks.2]", 0, options)
+    assert chosen.build().model.layers == ["blocks.2"]
+    assert "layers" not in " ".join(chosen.deviations)
 
 
 @pytest.mark.parametrize("row", ["Nothing", "Cse decoder"])

@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_cse import Cse
 
-from tiny import TINY, anomalib, flags
+from tiny import TINY, command_line, flags
 
 BENCHMARKS = Path(__file__).parents[1] / "configs" / "benchmark"
 
@@ -54,7 +54,7 @@ def trained(mvtec_root, tmp_path_factory):
     """A folder in which ``anomalib train`` has run with flags, and what it printed."""
     folder = tmp_path_factory.mktemp("cli")
     data = {"root": mvtec_root, "category": "tiny", "num_workers": 0}
-    output = anomalib(
+    output = command_line(
         folder, "train", "--model", "Cse", *flags("model", TINY), "--data", "MVTec", *flags("data", data),
         "--trainer.max_epochs", "2", "--seed_everything", "0",
     )  # fmt: skip
@@ -75,11 +75,11 @@ def test_train_writes_metrics_pictures_and_a_checkpoint(trained):
 def test_test_predict_and_export(trained):
     folder, data, trained_output = trained
     model = ["--model", "Cse", *flags("model", TINY), "--ckpt_path", checkpoint(folder)]
-    output = anomalib(folder, "test", *model, "--data", "MVTec", *flags("data", data))
+    output = command_line(folder, "test", *model, "--data", "MVTec", *flags("data", data))
     line = next(line for line in trained_output.splitlines() if "pixel_AUROC" in line)
     assert line in output  # the checkpoint gives the metrics that training ended with
-    anomalib(folder, "predict", *model, "--data", data["root"] / "tiny" / "test" / "square")
-    anomalib(folder, "export", *model, "--export_type", "openvino", "--export_root", folder / "exported")
+    command_line(folder, "predict", *model, "--data", data["root"] / "tiny" / "test" / "square")
+    command_line(folder, "export", *model, "--export_type", "openvino", "--export_root", folder / "exported")
     names = {path.name for path in (folder / "exported").rglob("*") if path.is_file()}
     assert {"model.xml", "model.bin"} <= names
 
@@ -93,7 +93,7 @@ def test_configuration_file_gives_what_the_flags_give(trained):
         "default_root_dir": str(folder / "from_config"),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    output = anomalib(folder, "train", "--config", folder / "config.yaml")
+    output = command_line(folder, "train", "--config", folder / "config.yaml")
     line = next(line for line in trained_output.splitlines() if "pixel_AUROC" in line)
     assert line in output
 
@@ -139,7 +139,7 @@ def test_benchmark_makes_one_table(trained):
         },
     }
     (folder / "benchmark.yaml").write_text(yaml.safe_dump(config))
-    anomalib(folder, "benchmark", "--config", folder / "benchmark.yaml")
+    command_line(folder, "benchmark", "--config", folder / "benchmark.yaml")
     [results] = (folder / "runs" / "benchmark").rglob("results.csv")
     table = pd.read_csv(results)
     assert table["model.class_path"].tolist() == ["Cse", "Patchcore"]

@@ -10,7 +10,7 @@ from anomalib.engine import Engine
 from anomalib_cse import AnomalySynthesis, Cse
 from anomalib_cse.textures import builtin_textures
 
-from tiny import QUIET, TINY, anomalib, flags
+from tiny import QUIET, TINY, command_line, flags
 
 
 def global_state():
@@ -25,7 +25,7 @@ def test_command_line_workers_and_one_process_give_equal_checkpoints(mvtec_root,
     engine.fit(model, datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0))
     data = flags("data", {"root": mvtec_root, "category": "tiny", "num_workers": 2})
     command = ["train", "--model", "Cse", *flags("model", arguments), "--data", "MVTec", *data]
-    anomalib(tmp_path, *command, "--trainer.max_epochs=2", f"--default_root_dir={tmp_path / 'line'}")
+    command_line(tmp_path, *command, "--trainer.max_epochs=2", f"--default_root_dir={tmp_path / 'line'}")
     [one], [line] = ((tmp_path / name).rglob("*.ckpt") for name in ("one", "line"))
     first, second = (torch.load(path, weights_only=True) for path in (one, line))
     for name, value in first["state_dict"].items():

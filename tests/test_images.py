@@ -106,7 +106,6 @@ BROKEN = [("truncated_whole.png", 0), ("truncated_whole.jpg", 0), ("empty.png", 
 
 @pytest.mark.parametrize(("name", "num_workers"), [*BROKEN, ("truncated_whole.png", 2)])
 def test_prediction_names_the_file_that_cannot_be_read(name, num_workers, trained, tmp_path):
-    """Also after a fit that failed while Lightning, which then leaves torch's ``DataLoader`` patched, asked for one."""
     unreadable(tmp_path)
     files = PredictDataset(tmp_path)
     numbers = {file.name: number for number, file in enumerate(files.image_filenames)}
@@ -134,6 +133,44 @@ def test_evaluation_names_the_file_that_cannot_be_read(use, place, num_workers, 
     data = MVTecAD(root=tmp_path / "data", category="tiny", num_workers=num_workers)
     with pytest.raises(ValueError, match=rf"image \S*{place} cannot be read"):
         use(Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET), model, datamodule=data)
+
+
+class OwnLoader(DataLoader):
+    """A dataloader as a user may write one: its own arguments, and what it needs taken from the dataset."""
+
+    def __init__(self, dataset, *, times, **options):
+        self.times = times
+        super().__init__(dataset, **{"collate_fn": dataset.collate_fn, **options})
+
+
+def test_naming_files_leaves_loaders_and_errors_as_they_are(images, trained, tmp_path):
+    files = PredictDataset(images)
+    engine = Engine(default_root_dir=tmp_path, **UNVALIDATED)
+    loader = OwnLoader(files, times=1, batch_size=4)
+    scored = engine.predict(trained, dataloaders=loader)
+    assert sum(len(batch.pred_score) for batch in scored) == len(files)
+    assert loader.dataset is files
+    [inside] = engine.trainer.predict_dataloaders
+    assert inside.dataset.image_filenames == files.image_filenames
+    assert "process_dataloader" not in vars(engine.trainer.strategy)
+
+    class Faulty(PredictDataset):
+        def __getitem__(self, index):
+            raise RuntimeError("of the user's own")
+
+    faulty = Faulty(images)
+    with pytest.raises(RuntimeError, match="of the user's own"):
+        engine.predict(trained, dataloaders=DataLoader(faulty, collate_fn=faulty.collate_fn))
+
+
+def test_workers_that_are_already_there_name_the_file_too(trained, tmp_path):
+    noise().save(tmp_path / "0.png")
+    files = PredictDataset(tmp_path)
+    loader = DataLoader(files, collate_fn=files.collate_fn, num_workers=1, persistent_workers=True)
+    next(iter(loader))
+    (tmp_path / "0.png").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"image \S*0.png cannot be read"):
+        Engine(default_root_dir=tmp_path, **UNVALIDATED).predict(trained, dataloaders=loader)
 
 
 class Spoilt(torch.utils.data.Dataset):

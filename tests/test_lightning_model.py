@@ -111,8 +111,8 @@ def test_centres_of_very_many_positions_are_those_of_a_sample(mvtec_root, tmp_pa
     every, sample = clustered
     assert len(every) == 10 * 4 * 4  # images, positions
     assert 56 < len(sample) < 104
-    rows = [row for vector in sample for [row] in [every.eq(vector).all(dim=1).nonzero().flatten().tolist()]]
-    assert rows == sorted(set(rows))  # each is one of the whole, and none is taken twice
+    rows = [every.eq(vector).all(dim=1).nonzero().item() for vector in sample]  # each is one of the whole
+    assert rows == sorted(set(rows))  # and none is taken twice
     assert torch.allclose(model.model.centres, normalize(sample.mean(dim=0, keepdim=True)), rtol=0, atol=1e-6)
 
 

@@ -26,7 +26,7 @@ def flags(prefix, values):
     return [f"--{prefix}.{name}={written(value)}" for name, value in values.items()]
 
 
-def anomalib(folder, *arguments):
+def command_line(folder, *arguments):
     """Run anomalib's command line in a folder and return what it prints."""
     run = subprocess.run(
         [ANOMALIB, *map(str, arguments)],

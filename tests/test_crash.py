@@ -20,7 +20,7 @@ from tiny import QUIET, TINY
 EPOCHS = 4
 
 KILLED = f"""
-import io, os, sys, torch
+import io, os, signal, sys, torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from lightning.pytorch.callbacks import Callback
@@ -28,6 +28,7 @@ from anomalib_cse import Cse
 
 how, busy_with = int(sys.argv[3]), sys.argv[4]
 save = torch.save
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts with "&" ignore Ctrl-C
 
 class Kill(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

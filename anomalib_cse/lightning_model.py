@@ -297,9 +297,9 @@ class Cse(AnomalibModule):
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())
         self.restore_validation()  # if an earlier fit was broken off
+        name_unreadable_files(trainer)
         if stage != TrainerFn.FITTING:
             self._random_state = torch.get_rng_state()  # every DataLoader draws from it once, whatever it reads
-            name_unreadable_files(trainer)
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, AnomalibDataModule) and trainer.limit_val_batches and not getattr(data, "val_data", None):
@@ -308,7 +308,6 @@ class Cse(AnomalibModule):
                 f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
             )
             raise ValueError(msg)
-        name_unreadable_files(trainer)
         self.best_loss.fill_(torch.inf)
         self.model.centres.fill_(torch.nan)  # they would be those of another embedder
         self.fit_seed.fill_(trainer.strategy.broadcast(self.effective_seed))

@@ -73,7 +73,8 @@ def peak_memory() -> float:
 
 def exported_size(network: Path) -> float:
     """Size of an exported model in MB, that of OpenVINO's weights, which are a file of their own, included."""
-    return sum(file.stat().st_size for file in {network, network.with_suffix(".bin")} if file.exists()) / 1e6
+    files = [network, network.with_suffix(".bin")] if network.suffix == ".xml" else [network]
+    return sum(file.stat().st_size for file in files) / 1e6
 
 
 def hardware() -> str:

@@ -73,6 +73,9 @@ def test_what_anomalib_reads_trains_and_has_a_finite_score(images, trained, tmp_
         assert batch.anomaly_map.isfinite().all()
 
 
+UNREADABLE = ("truncated_whole.png", "truncated_whole.jpg", "empty.png", "text.png")
+
+
 def unreadable(folder):
     """Files with an image's suffix that hold none, or a part of one."""
     noise().save(folder / "whole.png")
@@ -82,7 +85,7 @@ def unreadable(folder):
         (folder / f"truncated_{name}").write_bytes(content[: len(content) // 2])
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("hello")
-    return [folder / name for name in ("truncated_whole.png", "truncated_whole.jpg", "empty.png", "text.png")]
+    return [folder / name for name in UNREADABLE]
 
 
 def test_training_names_the_file_that_cannot_be_read(images, tmp_path):
@@ -101,10 +104,7 @@ def test_training_names_the_file_that_cannot_be_read(images, tmp_path):
         at.unlink()
 
 
-BROKEN = [("truncated_whole.png", 0), ("truncated_whole.jpg", 0), ("empty.png", 0), ("text.png", 0)]
-
-
-@pytest.mark.parametrize(("name", "num_workers"), [*BROKEN, ("truncated_whole.png", 2)])
+@pytest.mark.parametrize(("name", "num_workers"), [*((name, 0) for name in UNREADABLE), ("truncated_whole.png", 2)])
 def test_prediction_names_the_file_that_cannot_be_read(name, num_workers, trained, tmp_path):
     unreadable(tmp_path)
     files = PredictDataset(tmp_path)

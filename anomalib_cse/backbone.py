@@ -120,8 +120,9 @@ def timm_name(name: str) -> str:
         existing(Path(name.removeprefix(LOCAL)) / "config.json")
         return name
     if not isinstance(name, str) or not (name.startswith("hf-hub:") or timm.is_model(name)):
-        close = ", ".join(timm.list_models(f"*{name}*")[:5]) or "timm.list_models() has them all"
-        msg = f"backbone={name!r} is no timm model, local-dir:FOLDER or {PYPI_BACKBONE}. Similar names: {close}"
+        similar = ", ".join(timm.list_models(f"*{name}*")[:5])
+        where = f"similar names: {similar}" if similar else "timm.list_models() has the names"
+        msg = f"backbone={name!r} is no timm model, local-dir:FOLDER or {PYPI_BACKBONE}; {where}"
         raise ValueError(msg)
     return name
 

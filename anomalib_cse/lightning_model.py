@@ -1,6 +1,7 @@
 """CSE in anomalib: data, training recipe, centres and what is kept of it all (Sections 3 and 4.1)."""
 
 import copy
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,17 +35,19 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from .backbone import resolve_layers
-from .checkpoints import WholeCheckpointIO
+from .checkpoints import WholeCheckpointIO, require_whole
 from .checks import check_flag, check_number, check_size
 from .loss import CseLoss, decoder_loss
 from .openvino_ir import compress_weights, keep_single_precision, quantize
 from .pairs import PairBatch
 from .pre_processing import EvaluationPreProcessing, ExactPreProcessor
-from .reading import name_unreadable_files
+from .reading import name_unreadable_files, read_through
 from .synthesis import KINDS, AnomalySynthesis
 from .textures import builtin_textures, load_textures
 from .torch_model import CseModel, Decoder, Embedder, fold_batch_norm, pool
 from .training_data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 100  # Section 4.1
 DECODER_EPOCHS = 20  # for decoder="pretrained"; the paper gives no number
@@ -183,6 +186,7 @@ class Cse(AnomalibModule):
         self._data: TrainingData | None = None  # while fitting
         self._start_epoch = 0
         self._set_aside: tuple[pl.Trainer, int | float] | None = None  # a trainer and its own limit_val_batches
+        self._resumed: str | Path | None = None  # the checkpoint that the last fit went on from
         self.train()
 
     @staticmethod
@@ -291,7 +295,7 @@ class Cse(AnomalibModule):
         """Take charge of the training images: pairs and the hold-out cannot be had from shuffled batches.
 
         Raises:
-            ValueError: If there is to be validation without any data.
+            ValueError: If there are no training images, or there is to be validation without any data.
         """
         trainer = self.trainer
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
@@ -302,6 +306,9 @@ class Cse(AnomalibModule):
             self._random_state = torch.get_rng_state()  # every DataLoader draws from it once, whatever it reads
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, AnomalibDataModule) and not len(data.train_data):
+            msg = f"{data.name} has no training images: give defect-free ones, a few dozen if there are as many"
+            raise ValueError(msg)
         if isinstance(data, AnomalibDataModule) and trainer.limit_val_batches and not getattr(data, "val_data", None):
             msg = (
                 f"{data.name} has no validation images, from which thresholds come (val_split_mode is "
@@ -368,8 +375,10 @@ class Cse(AnomalibModule):
 
         Raises:
             ValueError: If there are fewer embeddings than centres, or a resumed run is given another end than the one
-                that its schedule leads to.
+                that its schedule leads to, or a validation image or mask cannot be read.
         """
+        if self._set_aside and self._set_aside[1] == 1.0 and self.trainer.is_global_zero:  # all of them will be read
+            read_through(self.trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader())
         if len(self.model.centres) > 1:  # or k-means would fail when all the training is done
             with torch.no_grad():
                 positions = pool(self.model.embedder(next(self.data.features())), self.model.pool_size)[0, 0].numel()
@@ -526,6 +535,9 @@ class Cse(AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the epoch to resume with, as Lightning asks for its first batches before it has restored that.
 
+        anomalib's ``train`` tests with the checkpoint that it resumed from. If that has no centres yet, what is tested
+        is the model that training has just finished.
+
         Raises:
             ValueError: If the checkpoint is of a model with other arguments.
         """
@@ -542,6 +554,21 @@ class Cse(AnomalibModule):
                 raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         self._start_epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        finished = not checkpoint["state_dict"]["model.centres"].isnan().any()
+        resumed = self._resumed is not None and self.trainer.ckpt_path == self._resumed
+        if resumed and not finished and self.trainer.state.fn != TrainerFn.FITTING:
+            logger.info("%s is of the unfinished run: testing the model that resuming it has given.", self._resumed)
+            checkpoint.update(state_dict=self.state_dict(), callbacks=None)  # anomalib's post-processor is both
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "Cse":  # type: ignore[override]
+        """As Lightning loads.
+
+        Raises:
+            ValueError: If the file is not a whole checkpoint.
+        """
+        require_whole(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[return-value]
 
     def to_onnx(  # type: ignore[override]
         self,
@@ -604,6 +631,8 @@ class Cse(AnomalibModule):
     def teardown(self, stage: str) -> None:
         """Let go of the training images; leave the trainer, and torch's random state after scoring, as they were."""
         self._data = None
+        if stage == TrainerFn.FITTING:
+            self._resumed = self.trainer.ckpt_path
         self.restore_validation()
         vars(self.trainer.strategy).pop("process_dataloader", None)  # see name_unreadable_files
         if stage != TrainerFn.FITTING:

@@ -1,10 +1,16 @@
 """Images that cannot be read, refused by the name of their file: Pillow does not always give it."""
 
 import copy
+import warnings
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data.utils import read_image
 from lightning.pytorch import Trainer
+from PIL import Image, UnidentifiedImageError
+from rich.progress import track
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 
@@ -42,7 +48,7 @@ def read_item(dataset: Dataset, index: int, kind: str = "image") -> Any:
         ValueError: If it cannot be read.
     """
     try:
-        return dataset[index]
+        item = dataset[index]
     except Exception as error:
         files = files_of(dataset, index)
         broken = next((file for file in files if not is_readable(file)), None)
@@ -50,6 +56,21 @@ def read_item(dataset: Dataset, index: int, kind: str = "image") -> Any:
             raise
         msg = f"{kind} {broken} cannot be read: {error}"
         raise ValueError(msg) from error
+    warn_of_depth(files_of(dataset, index)[0])
+    return item
+
+
+def warn_of_depth(file: str) -> None:
+    """Warn, once, of images of more than 8 bits: anomalib accepts them and has Pillow clip them at 255."""
+    if Path(file).is_file():
+        with suppress(UnidentifiedImageError), Image.open(file) as image:  # a dataset may read what Pillow does not
+            if image.mode[0] in "IF":  # 32 and 16 bits, and floating point
+                # no name in it, or there would be a warning for every file
+                warnings.warn(
+                    f"among the images are some of Pillow's mode {image.mode!r}: anomalib clips them at 255, so that "
+                    "most 16-bit images are white and floating-point ones black; convert them to 8 bits first",
+                    stacklevel=2,
+                )
 
 
 class NamedFiles(Dataset):
@@ -86,6 +107,27 @@ def name_unreadable_files(trainer: Trainer) -> None:
         return loader if trainer.training else with_named_files(loader)
 
     strategy.process_dataloader = process  # type: ignore[assignment, method-assign]
+
+
+def read_through(loaders: object) -> None:
+    """Read all that validation will, so that what cannot be read is named before training and not after it.
+
+    Args:
+        loaders: The validation dataloader, or several.
+
+    Raises:
+        ValueError: If an image or mask cannot be read.
+    """
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            files = DataLoader(
+                NamedFiles(loader.dataset),
+                batch_size=None,
+                num_workers=loader.num_workers,
+                generator=torch.Generator(),  # or it would draw from the global one
+            )
+            for _ in track(files, description="Reading validation images"):
+                pass
 
 
 def with_named_files(loader: Any) -> Any:

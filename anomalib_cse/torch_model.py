@@ -170,7 +170,10 @@ class CseModel(nn.Module):
             RuntimeError: If the centres have not been set.
         """
         if not torch.compiler.is_compiling() and self.centres.isnan().any():
-            msg = "the centres are not fitted: train the model, load a trained checkpoint or call set_centres"
+            msg = (
+                "the centres are not fitted, which is the end of training: train the model, or resume its run if that "
+                "was broken off (anomalib train with --ckpt_path), or call set_centres"
+            )
             raise RuntimeError(msg)
         distances = cosine_distances(self.embed(images), self.centres)  # (B, K, h, w)
         anomaly_map = upsample(distances.amin(1, keepdim=True), images.shape[-2:])

@@ -82,7 +82,7 @@ class TrainingData:
         count = len(self.images)
         held_out = max(1, round(holdout_ratio * count)) if holdout_ratio else 0
         if count <= held_out:
-            msg = f"{count} training images are too few to hold out {held_out}: give more, or set holdout_ratio to 0"
+            msg = f"too few training images, {count}, to hold out {held_out}: give more, or set holdout_ratio to 0"
             raise ValueError(msg)
         order = torch.randperm(count, generator=generator_for(seed, SPLIT)).tolist()
         self.holdout, self.training = sorted(order[:held_out]), sorted(order[held_out:])

@@ -23,13 +23,18 @@ def frames(source: str) -> Iterator[tuple[str, np.ndarray]]:
     """Name and BGR image ``(H, W, 3)`` of every file in a folder, or of every frame of a video or camera.
 
     Raises:
-        SystemExit: If the source or one of the files cannot be read.
+        SystemExit: If the source or one of the files cannot be read, or not as anomalib reads it.
     """
     if Path(source).is_dir():
         for path in sorted(path for path in Path(source).iterdir() if path.is_file()):
-            image = cv2.imread(str(path))
+            image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
             if image is None:
                 raise SystemExit(f"{path} is no image that OpenCV reads: take it out of the folder")
+            if image.dtype != np.uint8:
+                raise SystemExit(
+                    f"{path} has {image.dtype} pixels, which OpenCV and anomalib scale differently: "
+                    "convert training and other images to 8 bits alike"
+                )
             yield path.name, image
         return
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
@@ -56,6 +61,10 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.5, help="reject what scores above, in [0, 1]")
     parser.add_argument("--rejects", type=Path, default=Path("rejects"), help="folder for pictures of what is rejected")
     options = parser.parse_args()
+    if not 0 <= options.threshold <= 1:
+        parser.error(f"--threshold must be in [0, 1], got {options.threshold}")
+    if not Path(options.model).is_file():
+        parser.error(f"{options.model} is no file: give the model.xml that anomalib export wrote")
     options.rejects.mkdir(parents=True, exist_ok=True)
     # one stream with all cores: in several, OpenVINO 2026.4 gives all images one score with 8-bit weights (INT8)
     hints = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": 1}
@@ -83,6 +92,8 @@ def main() -> None:
         print("stopped")
     queue.wait_all()
     seconds, number = time.perf_counter() - start, counted["frames"]
+    if not number:
+        raise SystemExit(f"{options.source} gave no image")
     print(f"{number} frames in {seconds:.1f} s, {number / seconds:.0f} a second; {counted['rejected']} rejected")
 
 

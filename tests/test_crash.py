@@ -102,6 +102,30 @@ def test_a_run_broken_off_after_its_last_epoch_is_finished(whole, mvtec_root, tm
     assert checkpoint.read_bytes() == content
 
 
+class BreakInTheThirdEpoch(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise InterruptedError
+
+
+def test_train_resumes_and_then_tests_what_it_has_finished(whole, mvtec_root, tmp_path):
+    """anomalib's ``train`` hands to its test the checkpoint that it resumed from, which has no centres."""
+    with pytest.raises(InterruptedError):
+        fit(mvtec_root, tmp_path / "broken", [BreakInTheThirdEpoch()])
+    [checkpoint] = (tmp_path / "broken").rglob("*.ckpt")
+    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    model, fresh = Cse(**TINY), Cse(**TINY)
+    engine = Engine(max_epochs=EPOCHS, default_root_dir=tmp_path / "resumed", **QUIET)
+    metrics = engine.train(model, datamodule=data, ckpt_path=checkpoint)
+    for name, value in whole.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert metrics == engine.test(fresh, datamodule=data, ckpt_path=engine.best_model_path)
+    engine.fit(model, datamodule=data, ckpt_path=checkpoint)  # which is not the finished one
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in whole.items())
+    with pytest.raises(RuntimeError, match=r"centres are not fitted.*resume its run.*--ckpt_path"):
+        Engine(default_root_dir=tmp_path, **QUIET).test(Cse(**TINY), datamodule=data, ckpt_path=checkpoint)
+
+
 class FullDisk(Callback):
     """From the third epoch on no file can grow beyond some kilobytes, as on a full disk."""
 
@@ -145,6 +169,8 @@ def test_a_torn_checkpoint_is_recognised(mvtec_root, tmp_path):
             fit(mvtec_root, tmp_path / "resumed", ckpt_path=torn)
         with pytest.raises(ValueError, match=r"torn\.ckpt is not a whole checkpoint"):
             Engine(default_root_dir=tmp_path, **QUIET).predict(Cse(**TINY), data_path=mvtec_root, ckpt_path=torn)
+        with pytest.raises(ValueError, match=r"torn\.ckpt is not a whole checkpoint"):
+            Cse.load_from_checkpoint(torn)
 
 
 def test_a_checkpoint_of_other_arguments(mvtec_root, tmp_path):

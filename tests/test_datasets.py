@@ -1,10 +1,12 @@
 """Training sets as they come: tiny, all alike, without masks, with nothing to validate on, with broken files."""
 
+import shutil
+
 import cv2
 import numpy as np
 import pytest
 import torch
-from anomalib.data import Folder
+from anomalib.data import Folder, MVTec
 from anomalib.data.utils import DownloadInfo
 from anomalib.engine import Engine
 
@@ -71,8 +73,19 @@ def test_images_all_alike_and_a_few_defective_ones_among_them(count, options, tm
 def test_no_images(tmp_path):
     with pytest.raises(RuntimeError, match=r"Found 0 .*NORMAL images in .*good"):
         train(folder(tmp_path / "data", 0), tmp_path)
-    with pytest.raises(ValueError, match="1 training images are too few to hold out 1"):
+    with pytest.raises(ValueError, match="too few training images, 1, to hold out 1"):
         train(folder(tmp_path / "one", 1), tmp_path)
+
+
+def test_a_layout_of_mvtec_without_training_images_or_masks(mvtec_root, tmp_path):
+    shutil.copytree(mvtec_root, tmp_path / "data")
+    for file in (tmp_path / "data" / "tiny" / "train" / "good").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="MVTec has no training images"):
+        train(MVTec(tmp_path / "data", "tiny", num_workers=0), tmp_path)
+    next((tmp_path / "data" / "tiny" / "ground_truth" / "square").iterdir()).unlink()
+    with pytest.raises(ValueError, match=r"test.square holds 4 images and .*ground_truth.square 3 masks"):
+        MVTec(tmp_path / "data", "tiny", num_workers=0).setup()
 
 
 def test_more_centres_than_embeddings_stop_before_training(tmp_path):

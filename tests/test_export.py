@@ -1,5 +1,6 @@
 """The deployed model against ``Engine.predict``: the same files, the same scores."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -244,3 +245,22 @@ def test_the_camera_loops_threshold(paths, images, folder):
     )
     assert last.endswith("; 0 rejected")
     assert (len(scores), rejected) == (5, [])
+
+
+def test_the_camera_loop_refuses_what_it_cannot_score(paths, tmp_path):
+    network = paths[ExportType.OPENVINO]
+    deep, empty = tmp_path / "deep", tmp_path / "empty"
+    deep.mkdir()
+    empty.mkdir()
+    cv2.imwrite(str(deep / "0.png"), np.full((64, 64), 40000, np.uint16))
+    cases = {
+        r"--threshold must be in \[0, 1\], got 50": [network, empty, "--threshold", "50"],
+        "missing.xml is no file": [tmp_path / "missing.xml", empty],
+        "empty gave no image": [network, empty],
+        "0.png has uint16 pixels": [network, deep],
+    }
+    for message, arguments in cases.items():
+        command = [sys.executable, EXAMPLES / "camera_loop.py", *arguments, "--rejects", tmp_path / "rejects"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode
+        assert re.search(message, run.stderr), run.stderr

@@ -1,6 +1,7 @@
 """Images as they come: what anomalib reads gets a finite score, anything else is refused by name."""
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Subset
 from anomalib_cse import Cse
 
 from tiny import QUIET, TINY
+
+pytestmark = pytest.mark.filterwarnings("ignore:among the images are some of Pillow's mode")
 
 UNVALIDATED = {**QUIET, "limit_val_batches": 0}
 
@@ -73,6 +76,20 @@ def test_what_anomalib_reads_trains_and_has_a_finite_score(images, trained, tmp_
         assert batch.anomaly_map.isfinite().all()
 
 
+def test_images_of_more_than_eight_bits_are_warned_of_once(trained, tmp_path):
+    for number in range(2):
+        Image.fromarray(np.full((72, 96), 40000, np.uint16)).save(tmp_path / f"{number}.png")
+    engine = Engine(default_root_dir=tmp_path / "results", **UNVALIDATED)
+    with pytest.warns(UserWarning, match="Pillow's mode 'I;16': anomalib clips them at 255") as caught:
+        engine.predict(trained, data_path=tmp_path)
+    assert len({str(w.message) for w in caught if "clips" in str(w.message)}) == 1
+    noise().save(tmp_path / "0.png")
+    noise().save(tmp_path / "1.png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*clips")
+        engine.predict(trained, data_path=tmp_path)
+
+
 UNREADABLE = ("truncated_whole.png", "truncated_whole.jpg", "empty.png", "text.png")
 
 
@@ -121,7 +138,7 @@ def test_prediction_names_the_file_that_cannot_be_read(name, num_workers, traine
         (Engine.validate, "test/square/001.png", 0),
         (Engine.test, "test/square/001.png", 2),
         (Engine.test, "ground_truth/square/001_mask.png", 0),
-        (Engine.fit, "ground_truth/square/001_mask.png", 0),  # by the validation at the end
+        (Engine.fit, "ground_truth/square/001_mask.png", 0),  # and before any training
     ],
 )
 def test_evaluation_names_the_file_that_cannot_be_read(use, place, num_workers, mvtec_root, tmp_path):
@@ -133,6 +150,7 @@ def test_evaluation_names_the_file_that_cannot_be_read(use, place, num_workers, 
     data = MVTecAD(root=tmp_path / "data", category="tiny", num_workers=num_workers)
     with pytest.raises(ValueError, match=rf"image \S*{place} cannot be read"):
         use(Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET), model, datamodule=data)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 class OwnLoader(DataLoader):

@@ -200,7 +200,7 @@ def test_the_global_random_state_is_left_alone():
 
 
 def test_what_cannot_be_trained_with():
-    with pytest.raises(ValueError, match="1 training images are too few to hold out 1"):
+    with pytest.raises(ValueError, match="too few training images, 1, to hold out 1"):
         training_data(1)
     with pytest.raises(TypeError, match="one DataLoader"):
         TrainingData([1, 2, 3], None, synthesis=None)

@@ -1,19 +1,11 @@
 """Checkpoints that are whole or not there."""
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
-
-
-def require_whole(path: object) -> None:
-    """Raise a ``ValueError`` if ``path`` names a file, but not a checkpoint to its end: torch's are zip archives."""
-    if isinstance(path, str | Path) and Path(path).is_file() and not zipfile.is_zipfile(path):
-        msg = f"{path} is not a whole checkpoint; take the one before it"
-        raise ValueError(msg)
 
 
 class WholeCheckpointIO(AnomalibCheckpointIO):
@@ -54,5 +46,8 @@ class WholeCheckpointIO(AnomalibCheckpointIO):
         Raises:
             ValueError: If the file is not a whole one.
         """
-        require_whole(path)
-        return super().load_checkpoint(path, map_location or "cpu", weights_only is not False)
+        try:
+            return super().load_checkpoint(path, map_location or "cpu", weights_only is not False)
+        except (EOFError, RuntimeError) as error:  # what torch.load has for an empty and a truncated archive
+            msg = f"{path} is not a whole checkpoint ({str(error) or 'it is empty'}); take another, or train again"
+            raise ValueError(msg) from error

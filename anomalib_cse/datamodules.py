@@ -1,21 +1,35 @@
 """Datamodules under the names that users know."""
 
 from anomalib.data import MVTecAD
+from anomalib.data.datasets.image.mvtecad import CATEGORIES, IMG_EXTENSIONS
 
 
 class MVTec(MVTecAD):
     """MVTec AD under the name it had in anomalib 1, or another dataset in its layout.
 
     Raises:
-        ValueError: On setup, if a kind of defect has not as many masks as images.
+        ValueError: If there is no such category, or a kind of defect has not as many masks as images.
     """
+
+    def prepare_data(self) -> None:
+        """Download MVTec AD if it is one of its categories that is not there."""
+        if not (self.root / self.category).is_dir() and self.category not in CATEGORIES:
+            there = sorted(path.name for path in self.root.glob("*") if path.is_dir())
+            msg = (
+                f"category must be a folder of {self.root} ({', '.join(there) or 'which has none'}) or, to download "
+                f"it, one of MVTec AD's ({', '.join(CATEGORIES)}), got {self.category!r}"
+            )
+            raise ValueError(msg)
+        super().prepare_data()
 
     def _setup(self, _stage: str | None = None) -> None:
         category = self.root / self.category
-        for images in sorted(path for path in category.glob("test/*") if path.is_dir() and path.name != "good"):
-            masks = category / "ground_truth" / images.name
-            found = len(list(masks.glob("*")))
-            expected = len(list(images.iterdir()))
+        folders = [path for part in ("test", "ground_truth") for path in category.glob(f"{part}/*") if path.is_dir()]
+        for kind in sorted({path.name for path in folders} - {"good"}):
+            images, masks = category / "test" / kind, category / "ground_truth" / kind
+            found, expected = (
+                sum(file.suffix in IMG_EXTENSIONS for file in folder.glob("*")) for folder in (masks, images)
+            )
             if found != expected:
                 msg = (
                     f"{images} holds {expected} images and {masks} {found} masks: MVTec AD's layout has one for each, "

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from .backbone import resolve_layers
-from .checkpoints import WholeCheckpointIO, require_whole
+from .checkpoints import WholeCheckpointIO
 from .checks import check_flag, check_number, check_size
 from .loss import CseLoss, decoder_loss
 from .openvino_ir import compress_weights, keep_single_precision, quantize
@@ -306,8 +306,9 @@ class Cse(AnomalibModule):
             self._random_state = torch.get_rng_state()  # every DataLoader draws from it once, whatever it reads
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, AnomalibDataModule) and not len(data.train_data):
-            msg = f"{data.name} has no training images: give defect-free ones, a few dozen if there are as many"
+        train_data = getattr(data, "train_data", None)
+        if isinstance(data, AnomalibDataModule) and train_data is not None and not len(train_data):
+            msg = f"{data.name} finds no training images of a kind that it reads: give defect-free ones"
             raise ValueError(msg)
         if isinstance(data, AnomalibDataModule) and trainer.limit_val_batches and not getattr(data, "val_data", None):
             msg = (
@@ -377,8 +378,11 @@ class Cse(AnomalibModule):
             ValueError: If there are fewer embeddings than centres, or a resumed run is given another end than the one
                 that its schedule leads to, or a validation image or mask cannot be read.
         """
-        if self._set_aside and self._set_aside[1] == 1.0 and self.trainer.is_global_zero:  # all of them will be read
-            read_through(self.trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader())
+        limit = self._set_aside[1] if self._set_aside else 0
+        validation = self.trainer.fit_loop.epoch_loop.val_loop._data_source
+        everything = isinstance(limit, float) and limit == 1  # the whole number is one batch
+        if everything and validation.is_defined() and self.trainer.is_global_zero:
+            read_through(validation.dataloader())
         if len(self.model.centres) > 1:  # or k-means would fail when all the training is done
             with torch.no_grad():
                 positions = pool(self.model.embedder(next(self.data.features())), self.model.pool_size)[0, 0].numel()
@@ -539,7 +543,7 @@ class Cse(AnomalibModule):
         is the model that training has just finished.
 
         Raises:
-            ValueError: If the checkpoint is of a model with other arguments.
+            ValueError: If the checkpoint is of a model with other arguments, or of a run to resume with another seed.
         """
         ours = {"backbone": self.model.backbone.architecture} | {name: self.hparams[name] for name in SHAPING}
         for name, own in ours.items():
@@ -552,11 +556,16 @@ class Cse(AnomalibModule):
                     f"trained with, such as --model.{name}, or the config.yaml of that run"
                 )
                 raise ValueError(msg)
+        begun_with = int(checkpoint["state_dict"]["fit_seed"])
+        resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if resuming and self.seed not in (None, begun_with):
+            msg = f"the run to resume was begun with seed {begun_with}, which is not {self.seed}: give that one or none"
+            raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         self._start_epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         finished = not checkpoint["state_dict"]["model.centres"].isnan().any()
         resumed = self._resumed is not None and self.trainer.ckpt_path == self._resumed
-        if resumed and not finished and self.trainer.state.fn != TrainerFn.FITTING:
+        if resumed and not finished and self.trainer.state.fn == TrainerFn.TESTING:
             logger.info("%s is of the unfinished run: testing the model that resuming it has given.", self._resumed)
             checkpoint.update(state_dict=self.state_dict(), callbacks=None)  # anomalib's post-processor is both
 
@@ -567,8 +576,11 @@ class Cse(AnomalibModule):
         Raises:
             ValueError: If the file is not a whole checkpoint.
         """
-        require_whole(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[return-value]
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[return-value]
+        except (EOFError, RuntimeError):
+            WholeCheckpointIO(cls.checkpoint_safe_globals()).load_checkpoint(checkpoint_path)  # names a torn file
+            raise
 
     def to_onnx(  # type: ignore[override]
         self,

@@ -78,6 +78,26 @@ def register(package) -> None:  # noqa: ANN001
         warnings.warn(f"anomalib-cse cannot be registered with this anomalib: {error!r}", stacklevel=2)
 
 
+def plain_refusal(config, message):  # noqa: ANN001, ANN201
+    """The error of one of our constructors, which jsonargparse buries among all arguments in a ``message`` of its own.
+
+    Nothing, if it was not one of ours that failed.
+    """
+    from importlib import import_module
+
+    from jsonargparse import Namespace
+
+    for part in map(config.get, ("model", "data")):  # the data of predict are a path
+        module, _, name = getattr(part, "class_path", "").rpartition(".")
+        if module.partition(".")[0] == "anomalib_cse":
+            try:
+                getattr(import_module(module), name)(**(part.get("init_args") or Namespace()).as_dict())
+            except Exception as error:  # noqa: BLE001  whatever it is, it is what the user has to know
+                if str(error).splitlines()[0] in message:
+                    return error.with_traceback(None)
+    return None
+
+
 def honour_seed(module) -> None:  # noqa: ANN001
     """Have ``--seed_everything N`` do for Cse what its help says; anomalib 2.7 accepts it and does nothing with it."""
     instantiate_classes = getattr(getattr(module, "AnomalibCLI", None), "instantiate_classes", None)
@@ -91,7 +111,10 @@ def honour_seed(module) -> None:  # noqa: ANN001
             from lightning import seed_everything
 
             seed_everything(seed)
-        instantiate_classes(self)
+        try:
+            instantiate_classes(self)
+        except ValueError as error:
+            raise plain_refusal(config, str(error)) or error from None
 
     module.AnomalibCLI.instantiate_classes = seeded
 

@@ -2,14 +2,13 @@
 
 import copy
 import warnings
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.data.utils import read_image
 from lightning.pytorch import Trainer
-from PIL import Image, UnidentifiedImageError
+from lightning.pytorch.utilities import CombinedLoader
+from PIL import Image
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
@@ -48,29 +47,30 @@ def read_item(dataset: Dataset, index: int, kind: str = "image") -> Any:
         ValueError: If it cannot be read.
     """
     try:
-        item = dataset[index]
+        return dataset[index]
     except Exception as error:
         files = files_of(dataset, index)
         broken = next((file for file in files if not is_readable(file)), None)
         if broken is None:
             raise
-        msg = f"{kind} {broken} cannot be read: {error}"
+        msg = f"{kind if broken == files[0] else 'mask'} {broken} cannot be read: {error}; replace it or take it out"
         raise ValueError(msg) from error
-    warn_of_depth(files_of(dataset, index)[0])
-    return item
 
 
-def warn_of_depth(file: str) -> None:
-    """Warn, once, of images of more than 8 bits: anomalib accepts them and has Pillow clip them at 255."""
-    if Path(file).is_file():
-        with suppress(UnidentifiedImageError), Image.open(file) as image:  # a dataset may read what Pillow does not
-            if image.mode[0] in "IF":  # 32 and 16 bits, and floating point
-                # no name in it, or there would be a warning for every file
-                warnings.warn(
-                    f"among the images are some of Pillow's mode {image.mode!r}: anomalib clips them at 255, so that "
-                    "most 16-bit images are white and floating-point ones black; convert them to 8 bits first",
-                    stacklevel=2,
-                )
+def warn_of_depth(dataset: Dataset) -> None:
+    """Warn if the first image has more than 8 bits: anomalib accepts such and has Pillow clip them at 255."""
+    try:
+        first = files_of(dataset, 0)[0]
+        with Image.open(first) as image:
+            mode = image.mode
+    except Exception:  # noqa: BLE001  a dataset may keep its files elsewhere, and read what Pillow does not
+        return
+    if mode[0] in "IF":  # 16 and 32 bits of grey, and floating point
+        warnings.warn(
+            f"{first} is of Pillow's mode {mode!r}: anomalib clips such images at 255, so that most 16-bit ones are "
+            "white and floating-point ones black; convert them to 8 bits first",
+            stacklevel=2,
+        )
 
 
 class NamedFiles(Dataset):
@@ -104,36 +104,33 @@ def name_unreadable_files(trainer: Trainer) -> None:
 
     def process(loader: object) -> object:
         loader = type(strategy).process_dataloader(strategy, loader)
-        return loader if trainer.training else with_named_files(loader)
+        if trainer.training or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return loader
+        warn_of_depth(loader.dataset)
+        return with_named_files(loader)
 
     strategy.process_dataloader = process  # type: ignore[assignment, method-assign]
 
 
-def read_through(loaders: object) -> None:
+def with_named_files(loader: DataLoader) -> DataLoader:
+    """The same dataloader, reading by name; the user's own stays as it is."""
+    named = copy.copy(loader)
+    vars(named).update(dataset=NamedFiles(loader.dataset), _iterator=None)  # workers, if any, have the other dataset
+    return named
+
+
+def read_through(loaders: Any) -> None:
     """Read all that validation will, so that what cannot be read is named before training and not after it.
 
     Args:
-        loaders: The validation dataloader, or several.
+        loaders: The validation dataloader, or a list or dictionary of them.
 
     Raises:
         ValueError: If an image or mask cannot be read.
     """
-    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+    for loader in CombinedLoader(loaders).flattened:
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-            files = DataLoader(
-                NamedFiles(loader.dataset),
-                batch_size=None,
-                num_workers=loader.num_workers,
-                generator=torch.Generator(),  # or it would draw from the global one
-            )
-            for _ in track(files, description="Reading validation images"):
+            named = with_named_files(loader)
+            named.generator = torch.Generator()  # or it would draw from the global one
+            for _ in track(named, description="Reading validation images"):
                 pass
-
-
-def with_named_files(loader: Any) -> Any:
-    """The same dataloader, reading by name; the user's own stays as it is."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return loader
-    named = copy.copy(loader)
-    vars(named).update(dataset=NamedFiles(loader.dataset), _iterator=None)  # workers, if any, have the other dataset
-    return named

@@ -171,8 +171,9 @@ class CseModel(nn.Module):
         """
         if not torch.compiler.is_compiling() and self.centres.isnan().any():
             msg = (
-                "the centres are not fitted, which is the end of training: train the model, or resume its run if that "
-                "was broken off (anomalib train with --ckpt_path), or call set_centres"
+                "the centres are not fitted, which is the end of training: train the model, give the checkpoint of a "
+                "finished run (ckpt_path), resume an unfinished one (anomalib train with its ckpt_path) or, without "
+                "a Trainer, call set_centres"
             )
             raise RuntimeError(msg)
         distances = cosine_distances(self.embed(images), self.centres)  # (B, K, h, w)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import Resize, Transform
 
 from .pairs import Pair, PairBatch, PairDataset, PairSampler, PreparedImages, even_batches, generator_for
+from .reading import warn_of_depth
 from .synthesis import AnomalySynthesis
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class TrainingData:
         if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
             msg = f"Cse draws pairs, so it needs one DataLoader over a dataset of known length, got {type(loader)}"
             raise TypeError(msg)
+        warn_of_depth(loader.dataset)
         self.loader = loader
         self.augmented = PreparedImages(loader.dataset, transform)
         self.images = PreparedImages(without_augmentations(loader.dataset), transform)

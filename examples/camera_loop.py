@@ -18,6 +18,8 @@ import cv2
 import numpy as np
 import openvino
 
+AS_ANOMALIB = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION  # Pillow does not turn images as their EXIF says
+
 
 def frames(source: str) -> Iterator[tuple[str, np.ndarray]]:
     """Name and BGR image ``(H, W, 3)`` of every file in a folder, or of every frame of a video or camera.
@@ -27,9 +29,11 @@ def frames(source: str) -> Iterator[tuple[str, np.ndarray]]:
     """
     if Path(source).is_dir():
         for path in sorted(path for path in Path(source).iterdir() if path.is_file()):
-            image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+            image = cv2.imread(str(path), AS_ANOMALIB | cv2.IMREAD_ANYDEPTH)
             if image is None:
                 raise SystemExit(f"{path} is no image that OpenCV reads: take it out of the folder")
+            if image.dtype == np.uint16 and cv2.imread(str(path), cv2.IMREAD_UNCHANGED).ndim == 3:
+                image = cv2.imread(str(path), AS_ANOMALIB)  # of 16-bit colours both take the upper 8 bits
             if image.dtype != np.uint8:
                 raise SystemExit(
                     f"{path} has {image.dtype} pixels, which OpenCV and anomalib scale differently: "
@@ -68,7 +72,10 @@ def main() -> None:
     options.rejects.mkdir(parents=True, exist_ok=True)
     # one stream with all cores: in several, OpenVINO 2026.4 gives all images one score with 8-bit weights (INT8)
     hints = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": 1}
-    compiled = openvino.Core().compile_model(options.model, "CPU", hints)
+    try:
+        compiled = openvino.Core().compile_model(options.model, "CPU", hints)
+    except RuntimeError as error:
+        raise SystemExit(f"{options.model} is no model that OpenVINO reads, with its .bin beside it: {error}") from None
     queue = openvino.AsyncInferQueue(compiled, jobs=2)  # one frame is read and written while another is scored
     counted = Counter[str]()
 
@@ -90,7 +97,8 @@ def main() -> None:
             queue.start_async(cv2.dnn.blobFromImage(frame, 1 / 255, swapRB=True), (name, frame))
     except KeyboardInterrupt:
         print("stopped")
-    queue.wait_all()
+    finally:
+        queue.wait_all()
     seconds, number = time.perf_counter() - start, counted["frames"]
     if not number:
         raise SystemExit(f"{options.source} gave no image")

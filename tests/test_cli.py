@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_cse import Cse
 
-from tiny import TINY, command_line, flags
+from tiny import TINY, anomalib, command_line, flags
 
 BENCHMARKS = Path(__file__).parents[1] / "configs" / "benchmark"
 
@@ -165,3 +165,18 @@ def test_every_benchmark_makes_one_table_of_what_the_models_accept(file):
         model = getattr(anomalib_models, row["model"]["class_path"])
         inspect.signature(model).bind(**row["model"].get("init_args", {}))
         inspect.signature(getattr(anomalib_data, row["data"]["class_path"])).bind(**row["data"]["init_args"])
+
+
+@pytest.mark.parametrize(
+    ("model", "category", "last"),
+    [
+        ({**TINY, "layers": [9]}, "brick", "layers must be distinct numbers in 0..4 or names out of"),
+        (TINY, "wood", "category must be one of"),
+    ],
+)
+def test_an_argument_that_is_refused_is_the_last_that_is_said(model, category, last, tmp_path):
+    """And not jsonargparse's list of all arguments."""
+    data = ["--data", "SurfaceDemo", "--data.category", category]
+    run = anomalib(tmp_path, "fit", "--model", "Cse", *flags("model", model), *data)
+    assert run.returncode
+    assert run.stderr.strip().splitlines()[-1].startswith(f"ValueError: {last}"), run.stderr[-2000:]

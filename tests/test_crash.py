@@ -122,8 +122,15 @@ def test_train_resumes_and_then_tests_what_it_has_finished(whole, mvtec_root, tm
     assert metrics == engine.test(fresh, datamodule=data, ckpt_path=engine.best_model_path)
     engine.fit(model, datamodule=data, ckpt_path=checkpoint)  # which is not the finished one
     assert all(torch.equal(model.state_dict()[name], value) for name, value in whole.items())
-    with pytest.raises(RuntimeError, match=r"centres are not fitted.*resume its run.*--ckpt_path"):
-        Engine(default_root_dir=tmp_path, **QUIET).test(Cse(**TINY), datamodule=data, ckpt_path=checkpoint)
+    for other, use in ((fresh, Engine.test), (model, Engine.validate)):  # finished, but not what was asked for
+        with pytest.raises(RuntimeError, match=r"centres are not fitted.*finished run \(ckpt_path\), resume"):
+            use(Engine(default_root_dir=tmp_path, **QUIET), other, datamodule=data, ckpt_path=checkpoint)
+
+
+def test_a_run_resumes_with_its_own_seed(mvtec_root, tmp_path):
+    _, engine = fit(mvtec_root, tmp_path, epochs=1)
+    with pytest.raises(ValueError, match=r"begun with seed 0, which is not 5"):
+        fit(mvtec_root, tmp_path / "resumed", epochs=1, ckpt_path=engine.best_model_path, seed=5)
 
 
 class FullDisk(Callback):

@@ -81,10 +81,18 @@ def test_a_layout_of_mvtec_without_training_images_or_masks(mvtec_root, tmp_path
     shutil.copytree(mvtec_root, tmp_path / "data")
     for file in (tmp_path / "data" / "tiny" / "train" / "good").iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="MVTec has no training images"):
+    with pytest.raises(ValueError, match="MVTec finds no training images"):
         train(MVTec(tmp_path / "data", "tiny", num_workers=0), tmp_path)
+    shutil.copytree(mvtec_root / "tiny" / "train", tmp_path / "data" / "tiny" / "train", dirs_exist_ok=True)
+    (tmp_path / "data" / "tiny" / "test" / "square" / "Thumbs.db").touch()  # which is no image
+    train(MVTec(tmp_path / "data", "tiny", num_workers=0), tmp_path)
+    with pytest.raises(ValueError, match=r"category must be a folder of .*data \(tiny\) or.* leather.*, got 'tinny'"):
+        MVTec(tmp_path / "data", "tinny").prepare_data()
     next((tmp_path / "data" / "tiny" / "ground_truth" / "square").iterdir()).unlink()
     with pytest.raises(ValueError, match=r"test.square holds 4 images and .*ground_truth.square 3 masks"):
+        MVTec(tmp_path / "data", "tiny", num_workers=0).setup()
+    shutil.rmtree(tmp_path / "data" / "tiny" / "test" / "square")
+    with pytest.raises(ValueError, match=r"test.square holds 0 images and .*ground_truth.square 3 masks"):
         MVTec(tmp_path / "data", "tiny", num_workers=0).setup()
 
 

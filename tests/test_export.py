@@ -15,6 +15,7 @@ from anomalib.data.utils import read_image
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from onnxruntime import InferenceSession
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from anomalib_cse import Cse
@@ -239,6 +240,21 @@ def test_the_camera_loop_gives_eight_bit_weights_a_score_for_every_image(eight_b
     assert len(set(scores)) == 5
 
 
+def test_the_camera_loop_reads_as_anomalib_does(model, paths, tmp_path):
+    """Images that are to be turned according to their EXIF data, and of 16 bits in colour."""
+    files = tmp_path / "files"
+    files.mkdir()
+    image = surface((300, 517), 1, np.random.default_rng(3))
+    image[:100] //= 4  # up and down differ
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(image).save(files / "0.png", exif=exif)
+    cv2.imwrite(str(files / "1.png"), image.astype(np.uint16) * 256 + 255)
+    expected = predicted(model, files, tmp_path)
+    scores, _, _ = camera_loop(paths[ExportType.OPENVINO], files, tmp_path / "rejects")
+    assert scores == pytest.approx(expected["pred_score"], abs=1e-4)
+
+
 def test_the_camera_loops_threshold(paths, images, folder):
     scores, last, rejected = camera_loop(
         paths[ExportType.OPENVINO], images / "300x517" / "colour", folder / "none", "--threshold", "1"
@@ -253,10 +269,12 @@ def test_the_camera_loop_refuses_what_it_cannot_score(paths, tmp_path):
     deep.mkdir()
     empty.mkdir()
     cv2.imwrite(str(deep / "0.png"), np.full((64, 64), 40000, np.uint16))
+    (tmp_path / "text.xml").write_text("hello")
     cases = {
         r"--threshold must be in \[0, 1\], got 50": [network, empty, "--threshold", "50"],
         "missing.xml is no file": [tmp_path / "missing.xml", empty],
         "empty gave no image": [network, empty],
+        "text.xml is no model that OpenVINO reads": [tmp_path / "text.xml", empty],
         "0.png has uint16 pixels": [network, deep],
     }
     for message, arguments in cases.items():

@@ -2,8 +2,10 @@
 
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anomalib.data import Folder, ImageBatch, ImageItem, MVTecAD, PredictDataset
@@ -15,7 +17,7 @@ from anomalib_cse import Cse
 
 from tiny import QUIET, TINY
 
-pytestmark = pytest.mark.filterwarnings("ignore:among the images are some of Pillow's mode")
+pytestmark = pytest.mark.filterwarnings("ignore:.* is of Pillow's mode")
 
 UNVALIDATED = {**QUIET, "limit_val_batches": 0}
 
@@ -76,18 +78,42 @@ def test_what_anomalib_reads_trains_and_has_a_finite_score(images, trained, tmp_
         assert batch.anomaly_map.isfinite().all()
 
 
-def test_images_of_more_than_eight_bits_are_warned_of_once(trained, tmp_path):
-    for number in range(2):
+def test_images_of_more_than_eight_bits_are_warned_of(trained, tmp_path):
+    def warned(use):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            use()
+        return sum("mode 'I;16': anomalib clips such images at 255" in str(warning.message) for warning in caught)
+
+    engine = Engine(max_epochs=2, default_root_dir=tmp_path / "results", **UNVALIDATED)
+    for number in range(3):
         Image.fromarray(np.full((72, 96), 40000, np.uint16)).save(tmp_path / f"{number}.png")
-    engine = Engine(default_root_dir=tmp_path / "results", **UNVALIDATED)
-    with pytest.warns(UserWarning, match="Pillow's mode 'I;16': anomalib clips them at 255") as caught:
-        engine.predict(trained, data_path=tmp_path)
-    assert len({str(w.message) for w in caught if "clips" in str(w.message)}) == 1
-    noise().save(tmp_path / "0.png")
-    noise().save(tmp_path / "1.png")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*clips")
-        engine.predict(trained, data_path=tmp_path)
+    assert warned(lambda: engine.predict(trained, data_path=tmp_path)) == 1
+    assert warned(lambda: engine.fit(Cse(**TINY, memory_budget=0), datamodule=datamodule(tmp_path))) == 1
+    for number in range(3):
+        noise().save(tmp_path / f"{number}.png")
+    assert warned(lambda: engine.predict(trained, data_path=tmp_path)) == 0
+
+
+class OwnFiles(torch.utils.data.Dataset):
+    """Images that are not kept as anomalib's datasets keep them."""
+
+    samples = pd.DataFrame({"frame": [0]})
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return ImageItem(image=torch.rand(3, 64, 64), image_path=f"{index}.raw")
+
+
+def test_images_of_the_users_own_without_validation(tmp_path):
+    loader = DataLoader(OwnFiles(), batch_size=2)
+    model = Cse(**TINY, visualizer=False)
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    engine.fit(model, train_dataloaders=loader)
+    scored = engine.predict(model, dataloaders=DataLoader(OwnFiles(), batch_size=2, collate_fn=ImageBatch.collate))
+    assert len(scored) == 2
 
 
 UNREADABLE = ("truncated_whole.png", "truncated_whole.jpg", "empty.png", "text.png")
@@ -145,12 +171,31 @@ def test_evaluation_names_the_file_that_cannot_be_read(use, place, num_workers, 
     shutil.copytree(mvtec_root, tmp_path / "data")
     broken = tmp_path / "data" / "tiny" / place
     broken.write_bytes(broken.read_bytes()[:-30])
+    kind = "mask" if "mask" in place else "image"
     model = Cse(**TINY)
     model.model.set_centres(torch.ones_like(model.model.centres))
     data = MVTecAD(root=tmp_path / "data", category="tiny", num_workers=num_workers)
-    with pytest.raises(ValueError, match=rf"image \S*{place} cannot be read"):
+    with pytest.raises(ValueError, match=rf"{kind} \S*{place} cannot be read: .* take it out"):
         use(Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET), model, datamodule=data)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_only_files_that_validation_reads_are_read_before_training(mvtec_root, tmp_path):
+    shutil.copytree(mvtec_root, tmp_path / "data")
+    data = MVTecAD(root=tmp_path / "data", category="tiny", num_workers=0, eval_batch_size=1)
+    data.setup()
+    last = Path(data.val_data.samples.image_path.iloc[-1])
+    last.write_bytes(last.read_bytes()[:-30])
+    others = DataLoader(
+        data.val_data, sampler=range(len(data.val_data) - 1), collate_fn=data.val_data.collate_fn, num_workers=0
+    )
+    loaders = {"train_dataloaders": data.train_dataloader(), "val_dataloaders": others}
+    for options, images in (({"limit_val_batches": 1}, {"datamodule": data}), ({}, loaders)):
+        engine = Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET, **options)
+        engine.fit(Cse(**TINY), **images)
+        assert Path(engine.best_model_path).is_file()
+    with pytest.raises(ValueError, match=rf"image \S*{last.name} cannot be read"):
+        Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(Cse(**TINY), datamodule=data)
 
 
 class OwnLoader(DataLoader):

@@ -26,15 +26,20 @@ def flags(prefix, values):
     return [f"--{prefix}.{name}={written(value)}" for name, value in values.items()]
 
 
-def command_line(folder, *arguments):
-    """Run anomalib's command line in a folder and return what it prints."""
-    run = subprocess.run(
+def anomalib(folder, *arguments):
+    """Run anomalib's command line in a folder."""
+    return subprocess.run(
         [ANOMALIB, *map(str, arguments)],
         cwd=folder,
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": "500"},
     )
+
+
+def command_line(folder, *arguments):
+    """What anomalib's command line prints, which must succeed."""
+    run = anomalib(folder, *arguments)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return run.stdout

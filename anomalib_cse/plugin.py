@@ -85,15 +85,15 @@ def plain_refusal(config, message):  # noqa: ANN001, ANN201
     """
     from importlib import import_module
 
-    from jsonargparse import Namespace
-
     for part in map(config.get, ("model", "data")):  # the data of predict are a path
         module, _, name = getattr(part, "class_path", "").rpartition(".")
         if module.partition(".")[0] == "anomalib_cse":
+            given = part.get("init_args")
             try:
-                getattr(import_module(module), name)(**(part.get("init_args") or Namespace()).as_dict())
+                getattr(import_module(module), name)(**(given.as_dict() if given else {}))
             except Exception as error:  # noqa: BLE001  whatever it is, it is what the user has to know
-                if str(error).splitlines()[0] in message:
+                first_line = str(error).partition("\n")[0]
+                if first_line and first_line in message:
                     return error.with_traceback(None)
     return None
 

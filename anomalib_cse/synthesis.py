@@ -150,7 +150,7 @@ def gaussian_blur(images: Tensor, kernel_size: Tensor, sigma: float) -> Tensor:
     distance = torch.arange(-radius, radius + 1, device=images.device)
     weights = torch.exp(-0.5 * (distance / sigma) ** 2) * (distance.abs() <= kernel_size[:, None] // 2)
     weights = (weights / weights.sum(1, keepdim=True)).to(images.dtype).repeat_interleave(c, 0)[:, None]  # (B C, 1, 31)
-    padded = F.pad(images, (radius,) * 4, mode="replicate").view(1, b * c, height + 2 * radius, width + 2 * radius)
+    padded = F.pad(images, (radius,) * 4, mode="replicate").reshape(1, b * c, height + 2 * radius, width + 2 * radius)
     rows = F.conv2d(padded, weights[:, :, None, :], groups=b * c)
     return F.conv2d(rows, weights[:, :, :, None], groups=b * c).view_as(images)
 

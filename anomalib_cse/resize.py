@@ -28,4 +28,5 @@ def resize(images: Tensor, size: Sequence[int]) -> Tensor:
     """Resize ``(B, C, H, W)`` to ``(B, C, *size)``, antialiased where it reduces."""
     rows = resize_matrix(images.shape[-2], size[0], images.device)
     columns = resize_matrix(images.shape[-1], size[1], images.device)
-    return rows.to(images.dtype) @ images @ columns.to(images.dtype).mT
+    # rows last: OpenVINO fails to fuse what is done to channels with a product whose constant is on the right
+    return rows.to(images.dtype) @ (images @ columns.to(images.dtype).mT)

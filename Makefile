@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress lint types install clean bench-training bench-latency bench-compression bench-compare
+.PHONY: demo test stress lint types install clean bench-training bench-latency bench-compression bench-compare bench-variants
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -49,6 +49,10 @@ bench-compression: install
 # DATA=ROOT ARGS="--categories NAME ...", and what benchmarks/compare.py --help says
 bench-compare: install
 	$(BIN)/python benchmarks/compare.py --root $(DATA) $(ARGS)
+
+# DATA=ROOT ARGS="--categories NAME ...": the closed form with one part changed at a time
+bench-variants: install
+	$(BIN)/python benchmarks/variants.py --root $(DATA) $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist openvino_cache

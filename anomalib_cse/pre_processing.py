@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import torch
 from anomalib.data.transforms import ExportableCenterCrop
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -45,6 +46,24 @@ def exportable(transform: Transform) -> nn.Module:
             raise ValueError(msg)
         return ExactResize(tuple(transform.size))
     return copy.deepcopy(transform)
+
+
+def fixed_size(transform: Transform | None) -> tuple[int, int]:
+    """Height and width of whatever ``transform`` is given.
+
+    Raises:
+        ValueError: If images of different sizes leave it with different sizes.
+    """
+    sizes = (
+        [tuple(transform(torch.zeros(1, 3, *size)).shape[-2:]) for size in ((40, 60), (64, 48))] if transform else []
+    )
+    if len(set(sizes)) != 1:
+        msg = (
+            "the linear embedder needs all images in one size: give image_size, a pre_processor that resizes to "
+            f"Resize((height, width)), or embedder='network'; got the transform {transform}"
+        )
+        raise ValueError(msg)
+    return sizes[0]
 
 
 class ExactPreProcessor(PreProcessor):

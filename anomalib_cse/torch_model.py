@@ -112,6 +112,25 @@ def cosine_distances(embedding: Tensor, centres: Tensor) -> Tensor:
     return 1 - (directions * centres[:, :, None, None]).sum(dim=2)
 
 
+def is_fitted(*parts: Tensor) -> bool:
+    """Whether training has come to its end: what it ends with is NaN before."""
+    return not any(part.isnan().any() for part in parts)
+
+
+def check_fitted(*parts: Tensor) -> None:
+    """Refuse to score with a model that is not fitted.
+
+    Raises:
+        RuntimeError: If a part is NaN.
+    """
+    if not is_fitted(*parts):
+        msg = (
+            "the model is not fitted, which is the end of training: train it, give the checkpoint of a finished run "
+            "(ckpt_path) or resume an unfinished one (anomalib train with its ckpt_path)"
+        )
+        raise RuntimeError(msg)
+
+
 class CseModel(nn.Module):
     """Scores images by the distance of their embeddings to those of defect-free ones; needs no Trainer.
 
@@ -148,6 +167,15 @@ class CseModel(nn.Module):
         self.embedder = Embedder(sum(self.backbone.channels), embedding_dim)
         self.register_buffer("centres", torch.full((num_centres, embedding_dim), torch.nan))
 
+    @property
+    def fitted(self) -> bool:
+        """Whether there are centres."""
+        return is_fitted(self.centres)
+
+    def forget(self) -> None:
+        """Be without centres, as before training."""
+        self.centres.fill_(torch.nan)
+
     def set_centres(self, centres: Tensor) -> None:
         """Keep ``centres`` ``(K, D)``, of any length, as unit vectors."""
         self.centres.copy_(F.normalize(centres, dim=1))
@@ -169,13 +197,8 @@ class CseModel(nn.Module):
         Raises:
             RuntimeError: If the centres have not been set.
         """
-        if not torch.compiler.is_compiling() and self.centres.isnan().any():
-            msg = (
-                "the centres are not fitted, which is the end of training: train the model, give the checkpoint of a "
-                "finished run (ckpt_path), resume an unfinished one (anomalib train with its ckpt_path) or, without "
-                "a Trainer, call set_centres"
-            )
-            raise RuntimeError(msg)
+        if not torch.compiler.is_compiling():
+            check_fitted(self.centres)
         distances = cosine_distances(self.embed(images), self.centres)  # (B, K, h, w)
         anomaly_map = upsample(distances.amin(1, keepdim=True), images.shape[-2:])
         return InferenceBatch(pred_score=distances.mean(dim=(2, 3)).amin(1), anomaly_map=anomaly_map)

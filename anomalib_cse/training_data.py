@@ -28,7 +28,7 @@ PairFeatures = tuple[list[Tensor], list[Tensor], Tensor]
 
 MIN_HOLDOUT_PAIRS = 64  # few images are paired several times over: a few draws would be a coarse measure
 # set apart the streams of random numbers that one seed gives
-SPLIT, TRAIN_PAIRS, TRAIN_DEFECTS, HOLDOUT_PAIRS, HOLDOUT_DEFECTS, SHUFFLE = range(6)
+SPLIT, TRAIN_PAIRS, TRAIN_DEFECTS, HOLDOUT_PAIRS, HOLDOUT_DEFECTS, SHUFFLE, SAMPLE, SAMPLE_DEFECTS = range(8)
 
 
 class TrainingData:
@@ -43,6 +43,7 @@ class TrainingData:
         seed: Decides the split, the pairs and the defects.
         memory_budget: Most bytes for features and images.
         memory_dtype: In which numbers they are kept.
+        keep_images: Whether images are of use between epochs.
         num_replicas, rank: Number of processes, and which one this is.
 
     Raises:
@@ -61,6 +62,7 @@ class TrainingData:
         seed: int = 0,
         memory_budget: int = 4 * 2**30,
         memory_dtype: torch.dtype = torch.float32,
+        keep_images: bool = True,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
@@ -79,6 +81,7 @@ class TrainingData:
             logger.info("Training augmentations change the images, so nothing is kept between epochs.")
             self.memory_budget = 0
         self.memory_dtype = memory_dtype
+        self.keep_images = keep_images
         self.num_replicas = num_replicas
         self.rank = rank
         count = len(self.images)
@@ -124,9 +127,9 @@ class TrainingData:
         options: dict[str, Any] = {"dtype": self.memory_dtype, "device": self.device}
         if features_needed <= self.memory_budget:
             self.kept_features = [torch.empty(count, *f.shape[1:], **options) for f in features]
-        if features_needed + images_needed <= self.memory_budget:
+        if self.keep_images and features_needed + images_needed <= self.memory_budget:
             self.kept_images = torch.empty(count, *image.shape, **options)
-        else:
+        elif self.keep_images or self.kept_features is None:
             logger.info(
                 "memory_budget is %d bytes; features need %d (%s), images %d more (read anew every epoch).",
                 self.memory_budget,
@@ -253,6 +256,30 @@ class TrainingData:
             loader = self.read_images(order, self.batch_size)
             for images in track(loader, description="Embedding training images"):
                 yield self.compute(images.to(self.device))
+
+    def draw(self, count: int) -> list[int]:
+        """So many of all images at random, none again before all have been drawn."""
+        generator = generator_for(self.seed, SAMPLE)
+        drawn: list[int] = []
+        while len(drawn) < count:
+            drawn += torch.randperm(len(self.images), generator=generator).tolist()
+        return drawn[:count]
+
+    def corrupted_features(self, count: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Features of ``count`` images with synthetic defects, and the defects' masks ``(B, H, W)``, in batches."""
+        loader = self.read_images(self.draw(count), self.batch_size)
+        for number, read in enumerate(track(loader, description="Drawing defects")):
+            images = read.to(self.device)
+            params = self.synthesis.sample(images.shape, generator_for(self.seed, SAMPLE_DEFECTS, number))
+            yield self.compute(self.synthesis.apply(images, params)), params.mask[:, 0].to(self.device)
+
+    def mirrored_features(self, count: int) -> Iterator[list[Tensor]]:
+        """Features of up to ``count`` images, each as it is, mirrored along either axis and along both."""
+        loader = self.read_images(self.draw(min(count, len(self.images))), self.batch_size)
+        for read in track(loader, description="Measuring the border"):
+            images = read.to(self.device)
+            for axes in ((), (-1,), (-2,), (-2, -1)):
+                yield self.compute(images.flip(axes))
 
 
 def is_augmented(dataset: Any) -> bool:

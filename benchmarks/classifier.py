@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from anomalib_cse import Cse, CseModel
 from anomalib_cse.lightning_model import together
-from anomalib_cse.torch_model import Embedder, pool, upsample
+from anomalib_cse.torch_model import Embedder, is_fitted, pool, upsample
 
 
 class LogitEmbedder(Embedder):
@@ -27,12 +27,22 @@ class ClassifierModel(nn.Module):
         model: The network of Cse, whose features and pooling it takes over.
     """
 
+    centres: Tensor
+
     def __init__(self, model: CseModel) -> None:
         super().__init__()
         self.backbone, self.pool_size = model.backbone, model.pool_size
         self.embedder = LogitEmbedder(sum(model.backbone.channels), model.centres.shape[1])
-        # none; but Cse hands its own from process to process and knows by them whether it is finished
-        self.register_buffer("centres", torch.full((1, 1), torch.nan))
+        self.register_buffer("centres", torch.full((1, 1), torch.nan))  # none; but what is NaN is not fitted
+
+    @property
+    def fitted(self) -> bool:
+        """Whether training has come to its end."""
+        return is_fitted(self.centres)
+
+    def forget(self) -> None:
+        """Be as before training."""
+        self.centres.fill_(torch.nan)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images ``(B, 3, H, W)`` in [0, 1]: probabilities of being corrupted, ``(B,)`` and ``(B, 1, H, W)``."""
@@ -45,7 +55,7 @@ class BinaryClassifier(Cse):
     """Tells clean from corrupted images: the training data, recipe and choice of weights are Cse's.
 
     Args:
-        arguments: Cse's, but for those of the decoder, the centres and the contrastive loss.
+        arguments: Cse's, with the network, but for those of the decoder, the centres and the contrastive loss.
 
     Raises:
         ValueError: If one of those is given.
@@ -54,10 +64,10 @@ class BinaryClassifier(Cse):
     model: ClassifierModel  # type: ignore[assignment]
 
     def __init__(self, **arguments: Any) -> None:
-        if useless := {"decoder", "num_centres", "contrast_weight"} & arguments.keys():
+        if useless := {"embedder", "decoder", "num_centres", "contrast_weight"} & arguments.keys():
             msg = f"a binary classifier has no {', '.join(sorted(useless))}"
             raise ValueError(msg)
-        super().__init__(**arguments, decoder="none")
+        super().__init__(**arguments, embedder="network", decoder="none")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.effective_seed)
             self.embedder = LogitEmbedder(sum(self.model.backbone.channels), self.model.centres.shape[1])
@@ -70,6 +80,6 @@ class BinaryClassifier(Cse):
         targets = torch.cat([torch.zeros_like(corrupt), corrupt]).float()
         return F.binary_cross_entropy_with_logits(logits, targets)
 
-    def fit_centres(self) -> None:
+    def fit_statistics(self) -> None:
         """There are none, but training is done."""
         self.model.centres.zero_()

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import CenterCrop, Resize
 from torchvision.transforms.v2.functional import resize
 
 from common import exported_size, hardware, in_child, peak_memory
-from contenders import ABLATIONS, BATCH_SIZE, EFFICIENT_AD_STEPS, EPOCHS, contender
+from contenders import ABLATIONS, BATCH_SIZE, EFFICIENT_AD_STEPS, EPOCHS, PAPER, contender
 from report import contact_sheet, not_run, table, trade_off
 
 KEY = ["model", "category", "seed", "deviations"]
@@ -289,7 +289,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if not (options.root / category / "train" / "good").is_dir():
             parser.error(f"{options.root / category} has no train/good: --root and --categories must lead to a dataset")
     if not options.models:
-        options.models = [] if options.ablation else [m for m in [*EPOCHS, "EfficientAd"] if m != "BinaryClassifier"]
+        rows = dict.fromkeys(["Cse", PAPER, *EPOCHS, "EfficientAd"])
+        options.models = [] if options.ablation else [row for row in rows if row != "BinaryClassifier"]
     options.models = list(dict.fromkeys([*options.models, *(row for a in options.ablation for row in ABLATIONS[a])]))
     return options
 

@@ -46,14 +46,15 @@ NEEDS_HUB = {
     "EfficientAd": "its teacher's weights and Imagenette are a download",
 }
 
+PAPER = "Cse embedder=network"  # whose epochs are those above; the closed form has none
 ABLATIONS = {
-    "classifier": ["Cse", "BinaryClassifier"],
-    "decoder": ["Cse", "Cse decoder=joint", "Cse decoder=pretrained", "Cse decoder=none", "BinaryClassifier"],
-    "centres": ["Cse", *(f"Cse num_centres={k}" for k in (2, 4, 8))],
+    "classifier": [PAPER, "BinaryClassifier"],
+    "decoder": [PAPER, *(f"{PAPER} decoder={mode}" for mode in ("joint", "pretrained", "none")), "BinaryClassifier"],
+    "centres": [PAPER, *(f"{PAPER} num_centres={k}" for k in (2, 4, 8))],
     "defects": [
-        "Cse",
+        PAPER,
         *(
-            f"Cse defects=[{kinds}]"
+            f"{PAPER} defects=[{kinds}]"
             for kinds in (
                 "structural",
                 "textural",
@@ -64,7 +65,7 @@ ABLATIONS = {
             )
         ),
     ],
-    "layers": ["Cse", *(f"Cse layers=[{levels}]" for levels in ("3", "4", "2,3", "2,4", "2,3,4"))],
+    "layers": [PAPER, *(f"{PAPER} layers=[{levels}]" for levels in ("3", "4", "2,3", "2,4", "2,3,4"))],
 }
 
 
@@ -148,7 +149,8 @@ def contender(row: str, seed: int, options: Namespace) -> Contender:
         msg = f"--models takes names with NAME=VALUE after them, such as 'Cse decoder=none', got {row!r}"
         raise ValueError(msg)
     given = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
-    model = Contender(name, {}, epochs=EPOCHS.get(name))
+    closed_form = name == "Cse" and given.get("embedder") != "network"
+    model = Contender(name, {}, epochs=1 if closed_form else EPOCHS.get(name))
     backbone = Path(options.backbone).name if options.backbone else ""
     if name in OURS:
         model.arguments = {"seed": seed}

@@ -28,14 +28,16 @@ from anomalib.models import (
     Patchcore,
     ReverseDistillation,
 )
+from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
+from torchvision.transforms.v2 import CenterCrop
 
 from anomalib_cse import Cse
 
 from common import exported_size, hardware, in_child, markdown
 
 BACKBONES = ("efficientnet_b3", "tf_efficientnet_lite0")
-SIZE = (224, 224)
+SIZES = {"linear": (256, 256), "network": (224, 224)}  # what each embedder gets to see by default
 IN_TORCH = ("bare backbone, eager, channels last", "eager, channels last", "eager")
 RUNTIMES = ("ONNX Runtime", "OpenVINO f32", "OpenVINO default", "OpenVINO FP16", "OpenVINO INT8")
 
@@ -65,56 +67,65 @@ def measured(run: Callable[[Tensor], Any], size: tuple[int, int], rounds: int) -
     return row
 
 
-def cse(backbone: str) -> Cse:
-    """Cse with random weights and centres."""
-    model = Cse(backbone=backbone, pre_trained=False, pre_processor=False, seed=0).eval()
-    model.model.set_centres(torch.randn(model.model.centres.shape))
+def cse(backbone: str, embedder: Any) -> Cse:
+    """Cse with random numbers for all that is fitted, without resizing."""
+    whole = PreProcessor(CenterCrop(SIZES[embedder]))
+    model = Cse(backbone=backbone, pre_trained=False, embedder=embedder, pre_processor=whole, seed=0).eval()
+    for values in model.model.buffers():
+        if values.isnan().any():
+            values.copy_(torch.rand_like(values))
     return model
 
 
-def in_torch(backbone: str, rounds: int) -> dict[str, Any]:
-    """Cse's network at the 224x224 that it sees, the backbone alone, and the network as torch lays out images."""
-    network = cse(backbone).model
+def in_torch(backbone: str, embedder: str, rounds: int) -> dict[str, Any]:
+    """Cse at the size that it sees, its backbone alone, and Cse as torch lays out images."""
+    network = cse(backbone, embedder).model
     contiguous = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-    return dict(zip(IN_TORCH, in_turns([network.backbone, network, contiguous], SIZE, rounds), strict=True))
+    measured = in_turns([network.backbone, network, contiguous], SIZES[embedder], rounds)
+    return dict(zip(IN_TORCH, measured, strict=True))
 
 
-def export(backbone: str, name: str, folder: Path) -> dict[str, Any]:
-    """Export Cse's network for one runtime."""
+def export(backbone: str, embedder: str, name: str, folder: Path) -> dict[str, Any]:
+    """Export Cse for one runtime."""
     kind = "onnx" if name == "ONNX Runtime" else "openvino"
     compression = next((kind for kind in CompressionType if name.endswith(kind.name)), None)
     network = Engine(default_root_dir=folder).export(
-        cse(backbone), kind, export_root=folder, input_size=SIZE, compression_type=compression
+        cse(backbone, embedder),
+        kind,
+        export_root=folder,
+        input_size=SIZES[embedder],
+        compression_type=compression,
     )
     return {"file": Path(network), "exported MB": exported_size(Path(network))}
 
 
-def deployed(file: Path, name: str, rounds: int) -> dict[str, Any]:
+def deployed(file: Path, embedder: str, name: str, rounds: int) -> dict[str, Any]:
     """An exported network in its runtime."""
     run = session(file, name)
-    return measured(lambda images: run(images.numpy()), SIZE, rounds)
+    return measured(lambda images: run(images.numpy()), SIZES[embedder], rounds)
 
 
-def runtime(backbone: str, name: str, rounds: int) -> dict[str, Any]:
+def runtime(backbone: str, embedder: str, name: str, rounds: int) -> dict[str, Any]:
     """Cse exported to one runtime.
 
     It is measured in another process than the one that exports: in a thread in which torch had run, the same OpenVINO
     network took eight times as long.
     """
     with tempfile.TemporaryDirectory() as folder:
-        network = in_child(export, backbone, name, Path(folder))
+        network = in_child(export, backbone, embedder, name, Path(folder))
         if "failed" in network:
             return network
-        return {**in_child(deployed, network["file"], name, rounds), "exported MB": network["exported MB"]}
+        return {**in_child(deployed, network["file"], embedder, name, rounds), "exported MB": network["exported MB"]}
 
 
-def rows_of(backbone: str, rounds: int) -> Iterator[dict[str, Any]]:
+def rows_of(backbone: str, embedder: str, rounds: int) -> Iterator[dict[str, Any]]:
     """All rows of Cse with one backbone."""
-    first = {"model": f"Cse {backbone}", "image": f"{SIZE[0]}x{SIZE[1]}"}
-    eager = in_child(in_torch, backbone, rounds)
+    height, width = SIZES[embedder]
+    first = {"model": f"Cse {embedder} {backbone}", "image": f"{height}x{width}"}
+    eager = in_child(in_torch, backbone, embedder, rounds)
     shared = {name: value for name, value in eager.items() if name not in IN_TORCH}  # memory, or why there is nothing
     yield from ({**first, "runtime": name, **eager.get(name, {}), **shared} for name in IN_TORCH)
-    yield from ({**first, "runtime": name, **runtime(backbone, name, rounds)} for name in RUNTIMES)
+    yield from ({**first, "runtime": name, **runtime(backbone, embedder, name, rounds)} for name in RUNTIMES)
 
 
 def session(file: Path, name: str) -> Callable[[np.ndarray], Any]:
@@ -159,7 +170,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
     print(hardware())
-    rows = [row for backbone in BACKBONES for row in rows_of(backbone, rounds)]
+    rows = [row for backbone in BACKBONES for embedder in SIZES for row in rows_of(backbone, embedder, rounds)]
     rows += [{"model": name, "runtime": "eager", **in_child(peer, name, rounds)} for name in PEERS]
     print(markdown(rows))
 

@@ -12,7 +12,7 @@ from anomalib_cse.demo import DEFECTS, SurfaceDemo
 
 datamodule = SurfaceDemo(category="brick")
 model = Cse(backbone="pypi:tf_efficientnet_lite0", seed=0)
-engine = Engine(max_epochs=30)
+engine = Engine()
 engine.fit(model, datamodule=datamodule)
 [metrics] = engine.test(model, datamodule=datamodule)
 results = Path(engine.trainer.default_root_dir)

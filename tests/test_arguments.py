@@ -7,19 +7,22 @@ import re
 import pytest
 import timm
 import torch
+from anomalib.pre_processing import PreProcessor
 from safetensors.torch import save_file
+from torchvision.transforms.v2 import CenterCrop, Compose, Identity, Resize
 
 from anomalib_cse import AnomalySynthesis, Cse
 
-from tiny import TINY
+from tiny import LINEAR, TINY
 
 NAN, INF = math.nan, math.inf
 
 OUT_OF_RANGE = {
     "backbone": ("no timm model", ["nope", None, 3, "swin_tiny_patch4_window7_224"]),
-    "layers": (r"0\.\.4 or names", [(), 3, None, (2, 2), (-1, 2), (2, "blocks.2"), (2.0, 3), (True, 3), "blocks.2"]),
+    "layers": (r"0\.\.4 or names", [(), 3, (2, 2), (-1, 2), (2, "blocks.2"), (2.0, 3), (True, 3), "blocks.2"]),
     "pre_trained": ("True or False", ["no", None]),
     "embedding_dim": (r"whole number in \[1, inf\)", [0, -1, 1.5, NAN, "8", True, None]),
+    "embedder": ("'linear' or 'network'", ["cnn", None, 3]),
     "pool_size": (r"whole number in \[1, inf\)", [0, 1.5, NAN, "2", None]),
     "num_centres": (r"whole number in \[1, inf\)", [0, 1.5, NAN, "2", None]),
     "decoder": ("'random', 'joint', 'pretrained' or 'none'", ["frozen", None, ["random"]]),
@@ -52,6 +55,31 @@ def test_cse_refuses(name, value, allowed):
 def test_every_argument_of_cse_is_among_them():
     others = {"weights", "pre_processor", "post_processor", "evaluator", "visualizer"}  # below, and anomalib's own
     assert set(OUT_OF_RANGE) | others == set(inspect.signature(Cse).parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    {
+        "pool_size": 1,
+        "num_centres": 2,
+        "decoder": "none",
+        "contrast_weight": 1.0,
+        "learning_rate": 1e-3,
+        "holdout_ratio": 0,
+    }.items(),
+)
+def test_the_linear_embedder_refuses_arguments_of_the_networks(name, value):
+    with pytest.raises(ValueError, match=rf"{name}={value!r} .* set embedder='network', or leave it out"):
+        Cse(**{**LINEAR, name: value})
+
+
+@pytest.mark.parametrize("transform", [None, Resize(64), Identity()])
+def test_the_linear_embedder_needs_images_of_one_size(transform):
+    options = {name: value for name, value in LINEAR.items() if name != "image_size"}
+    with pytest.raises(ValueError, match="needs all images in one size: give image_size"):
+        Cse(**options, pre_processor=PreProcessor(transform) if transform else False)
+    model = Cse(**options, pre_processor=PreProcessor(Compose([Resize(96), CenterCrop((64, 80))])))
+    assert model.model.image_size == (64, 80)
 
 
 def test_an_image_smaller_than_the_stride():

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import Normalize
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = "layers=[2,3] image_size=[64,64]"
-ROWS = [f"Cse {TINY}", "Patchcore coreset_sampling_ratio=0", f"BinaryClassifier {TINY}", "Cfa"]
+ROWS = [f"Cse embedder=network {TINY}", "Patchcore coreset_sampling_ratio=0", f"BinaryClassifier {TINY}", "Cfa"]
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,14 @@ from anomalib import data as anomalib_data
 from anomalib import models as anomalib_models
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import MVTecAD
+from anomalib.engine import Engine
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_cse import Cse
 
-from tiny import TINY, anomalib, command_line, flags
+from tiny import LINEAR, QUIET, TINY, anomalib, command_line, flags
 
 BENCHMARKS = Path(__file__).parents[1] / "configs" / "benchmark"
 
@@ -35,7 +36,7 @@ class Note(Callback):
     sees = ()
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.current_epoch == 0:
-            self.sees += tuple(batch.first.tolist())
+            self.sees += tuple(getattr(batch, "first", batch).tolist())
 
 if __name__ == "__main__":
     model, note = Cse(**{model}), Note()
@@ -55,7 +56,7 @@ def trained(mvtec_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     data = {"root": mvtec_root, "category": "tiny", "num_workers": 0}
     output = command_line(
-        folder, "train", "--model", "Cse", *flags("model", TINY), "--data", "MVTec", *flags("data", data),
+        folder, "train", "--model", "Cse", *flags("model", LINEAR), "--data", "MVTec", *flags("data", data),
         "--trainer.max_epochs", "2", "--seed_everything", "0",
     )  # fmt: skip
     return folder, data, output
@@ -74,7 +75,7 @@ def test_train_writes_metrics_pictures_and_a_checkpoint(trained):
 
 def test_test_predict_and_export(trained):
     folder, data, trained_output = trained
-    model = ["--model", "Cse", *flags("model", TINY), "--ckpt_path", checkpoint(folder)]
+    model = ["--model", "Cse", *flags("model", LINEAR), "--ckpt_path", checkpoint(folder)]
     output = command_line(folder, "test", *model, "--data", "MVTec", *flags("data", data))
     line = next(line for line in trained_output.splitlines() if "pixel_AUROC" in line)
     assert line in output  # the checkpoint gives the metrics that training ended with
@@ -87,7 +88,7 @@ def test_test_predict_and_export(trained):
 def test_configuration_file_gives_what_the_flags_give(trained):
     folder, data, trained_output = trained
     config = {
-        "model": {"class_path": "anomalib_cse.Cse", "init_args": TINY},
+        "model": {"class_path": "anomalib_cse.Cse", "init_args": LINEAR},
         "data": {"class_path": "MVTec", "init_args": {**data, "root": str(data["root"])}},
         "trainer": {"max_epochs": 2},
         "default_root_dir": str(folder / "from_config"),
@@ -127,6 +128,22 @@ def test_two_processes_get_one_model(count, training, share, mvtec_root, tmp_pat
     assert torch.allclose(model.centres[0], centre / centre.norm(), atol=1e-5)
 
 
+def test_two_processes_get_the_closed_form_of_one(mvtec_root, tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP.format(model=LINEAR, root=str(mvtec_root)))
+    run = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=180
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["state"] for rank in range(2))
+    model = Cse(**LINEAR)
+    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    Engine(default_root_dir=tmp_path, **QUIET).fit(model, datamodule=data)
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], value, rtol=1e-4, atol=1e-5), name  # they have a thread each
+
+
 def test_benchmark_makes_one_table(trained):
     folder, data, _ = trained
     backbone = {"backbone": "test_resnet", "layers": ["layer3", "layer4"], "pre_trained": False}
@@ -147,7 +164,8 @@ def test_benchmark_makes_one_table(trained):
 
 
 def test_every_configuration_is_accepted(capsys):
-    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    root = Path(__file__).parents[1] / "configs"
+    files = [*sorted(root.glob("*.yaml")), *sorted(root.glob("model/*.yaml"))]
     assert len(files) >= 4
     for file in files:
         data = [] if "data:" in file.read_text() else ["--data", "MVTec"]

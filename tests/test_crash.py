@@ -123,7 +123,7 @@ def test_train_resumes_and_then_tests_what_it_has_finished(whole, mvtec_root, tm
     engine.fit(model, datamodule=data, ckpt_path=checkpoint)  # which is not the finished one
     assert all(torch.equal(model.state_dict()[name], value) for name, value in whole.items())
     for other, use in ((fresh, Engine.test), (model, Engine.validate)):  # finished, but not what was asked for
-        with pytest.raises(RuntimeError, match=r"centres are not fitted.*finished run \(ckpt_path\), resume"):
+        with pytest.raises(RuntimeError, match=r"model is not fitted.*finished run \(ckpt_path\) or resume"):
             use(Engine(default_root_dir=tmp_path, **QUIET), other, datamodule=data, ckpt_path=checkpoint)
 
 

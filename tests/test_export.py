@@ -19,6 +19,7 @@ from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from anomalib_cse import Cse
+from anomalib_cse.gaussian_model import fit
 
 from tiny import QUIET
 
@@ -35,21 +36,31 @@ def surface(size, contrast, rng, channels=3):
     return (255 * contrast * (blocks.reshape(noise.shape) + noise) / 2).astype(np.uint8)
 
 
-@pytest.fixture(scope="module")
-def model():
+def built(embedder):
     """Random weights; scores of surfaces of low and of high contrast lie on either side of the threshold."""
-    model = Cse("test_efficientnet", layers=(2, 3), pre_trained=False, seed=0).eval()
+    layers = (2, 3) if embedder == "network" else None
+    model = Cse("test_efficientnet", layers, pre_trained=False, embedder=embedder, seed=0).eval()
+    size = model.pre_processor.transform(torch.zeros(1, 3, 300, 300)).shape[-2:]
     rng = np.random.default_rng(1)
-    surfaces = np.stack([surface((224, 224), contrast, rng) for contrast in (0.2, 0.2, 1, 1)])
+    surfaces = np.stack([surface(size, contrast, rng) for contrast in (0.2, 0.2, 1, 1)])
     images = torch.from_numpy(surfaces).movedim(-1, 1) / 255
     with torch.no_grad():
-        model.model.set_centres(model.model.embed(images[:2]).mean(dim=(0, 2, 3))[None])
+        if embedder == "network":
+            model.model.set_centres(model.model.embed(images[:2]).mean(dim=(0, 2, 3))[None])
+        else:
+            flat, strong = model.model.backbone(images[:2]), model.model.backbone(images[2:])
+            fit(model.model, lambda: [flat], [(strong, torch.ones(2, *size))], [flat])
         batch = model.model(images)
     for level, values in (("image", batch.pred_score), ("pixel", batch.anomaly_map)):
         bounds = {f"{level}_min": values.min(), f"{level}_max": values.max(), f"_{level}_threshold": values.mean()}
         for name, value in bounds.items():
             getattr(model.post_processor, name).fill_(value)
     return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return built("linear")
 
 
 @pytest.fixture(scope="module")
@@ -157,16 +168,28 @@ def test_a_fixed_input_size_changes_nothing(size, model, images, folder):
             run(floats[..., :-1])
 
 
+def test_the_papers_network_exports_to_what_it_is(images, tmp_path):
+    """In one file for ONNX Runtime and one for OpenVINO, whose default precision leaves it alone."""
+    model = built("network")
+    path = images / "300x517" / "colour"
+    expected = predicted(model, path, tmp_path)
+    floats = np.stack([read_image(file, as_tensor=True).numpy() for file in sorted(path.iterdir())])
+    paths = [export(model, kind, tmp_path) for kind in (ExportType.ONNX, ExportType.OPENVINO)]
+    assert precisions(paths[1], "bf16") == ({"f32"}, {"f32"}, {"f32"})
+    for run in (onnx(paths[0]), inferencer(OpenVINOInferencer(paths[1], device="CPU"))):
+        assert_same(run(floats if run.__name__ == "<lambda>" else torch.from_numpy(floats)), expected)
+
+
 def precisions(path, hint):
-    """In which precisions OpenVINO computes the convolutions and what precedes the first one."""
+    """In which precisions OpenVINO computes what precedes the convolutions, them, and what follows the last one."""
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
     kinds = [
         (node.get_rt_info()["layerType"].value, node.get_rt_info()["runtimePrecision"].value)
         for node in compiled.get_runtime_model().get_ordered_ops()
     ]
-    first = next(number for number, (kind, _) in enumerate(kinds) if kind == "Convolution")
-    before = {precision for _, precision in kinds[:first]} & {"f32", "bf16"}
-    return before, {precision for kind, precision in kinds if kind == "Convolution"}
+    convolutions = [number for number, (kind, _) in enumerate(kinds) if kind == "Convolution"]
+    parts = kinds[: convolutions[0]], [kinds[number] for number in convolutions], kinds[convolutions[-1] + 1 :]
+    return tuple({precision for _, precision in part} & {"f32", "bf16"} for part in parts)
 
 
 def inputs(path, operation):
@@ -193,9 +216,9 @@ def test_quantisation_leaves_resizing_alone(eight_bits, paths):
 def test_rounding_is_only_for_models_that_were_compressed(model, paths, folder):
     exact = paths[ExportType.OPENVINO]
     small = export(model, ExportType.OPENVINO, folder / "small", compression_type=CompressionType.FP16)
-    assert precisions(exact, "bf16") == ({"f32"}, {"f32"})
+    assert precisions(exact, "bf16") == ({"f32"}, {"f32"}, {"f32"})
     rounds = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")  # elsewhere it never does
-    assert precisions(small, "bf16") == ({"f32"}, {"bf16" if rounds else "f32"})
+    assert precisions(small, "bf16")[:2] == ({"f32"}, {"bf16" if rounds else "f32"})
 
 
 @pytest.mark.parametrize(

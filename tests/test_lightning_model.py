@@ -274,7 +274,7 @@ def test_a_broken_off_fit_leaves_no_stale_centres_and_no_limits(mvtec_root, tmp_
     broken = Engine(max_epochs=2, default_root_dir=tmp_path, callbacks=[Break()], **QUIET)
     with pytest.raises(RuntimeError):
         broken.fit(model, datamodule=datamodule(mvtec_root))
-    with pytest.raises(RuntimeError, match="the centres are not fitted"):
+    with pytest.raises(RuntimeError, match="the model is not fitted"):
         model.model(torch.rand(1, 3, 64, 64))
     engine = Engine(max_epochs=1, default_root_dir=tmp_path, limit_val_batches=0, **QUIET)
     engine.fit(model, datamodule=datamodule(mvtec_root))

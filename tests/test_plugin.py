@@ -155,6 +155,7 @@ def test_seed_everything_seeds_the_command_line():
 import torch
 from anomalib.cli.cli import AnomalibCLI
 flags = ["--model.backbone=test_efficientnet", "--model.layers=[2,3]", "--model.pre_trained=false"]
+flags += ["--model.embedder=network"]
 for seed in ("7", "7", "8"):
     arguments = ["fit", "--model", "Cse", *flags, "--data", "MVTec", "--seed_everything", seed]
     cli = AnomalibCLI(arguments, run=False)

@@ -154,7 +154,7 @@ def test_state_dict_round_trip():
 
 
 def test_unfitted_centres():
-    with pytest.raises(RuntimeError, match="centres are not fitted"):
+    with pytest.raises(RuntimeError, match="model is not fitted"):
         CseModel(**TINY).eval()(torch.rand(1, 3, 64, 64))
 
 

@@ -12,8 +12,10 @@ TINY = {
     "pre_trained": False,
     "image_size": (64, 64),
     "batch_size": 4,
+    "embedder": "network",
     "seed": 0,
 }
+LINEAR = {**TINY, "embedder": "linear"}
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 

@@ -1,0 +1,175 @@
+"""Cse in closed form: layers of frozen features, a map of distances to each, and how they are fitted."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .backbone import FrozenBackbone
+from .checks import check_number, check_size
+from .gaussian import GaussianMap, Moments
+from .torch_model import check_fitted, fuse, is_fitted, pool, upsample
+
+FINEST = 8  # stride of the finest map; finer layers are pooled to it
+CELL = 16  # pixels; positions within a cell have a covariance in common
+SCORED = 0.005  # share of the positions that an image's score is the mean of
+
+
+def smooth(maps: Tensor) -> Tensor:
+    """Weights 1/4, 1/2, 1/4 along both axes of ``(B, C, H, W)``, the border repeated: two means of neighbours."""
+    between = F.avg_pool2d(maps, 2, stride=1, padding=1, count_include_pad=False)
+    return F.avg_pool2d(between, 2, stride=1)
+
+
+def mean_of_top(maps: Tensor, share: float) -> Tensor:
+    """The mean of the largest values, a share in (0, 1] of all, at least one: ``(B,)`` of ``(B, 1, H, W)``."""
+    values = maps.flatten(1)
+    return values.topk(max(1, round(share * values.shape[1])), dim=1).values.mean(dim=1)
+
+
+class GaussianModel(nn.Module):
+    """Scores images by distances from Gaussians of defect-free features, a map to a layer; needs no Trainer.
+
+    ``forward`` changes nothing; what it uses is in ``state_dict``.
+
+    Args:
+        backbone, layers, pre_trained, weights: See :class:`~anomalib_cse.backbone.FrozenBackbone`. Layers of a stride
+            below 8 are pooled to that.
+        embedding_dim: Most directions to a layer.
+        image_size: Height and width of the images, in pixels.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    weights: Tensor
+
+    def __init__(
+        self,
+        backbone: str = "efficientnet_b3",
+        layers: Sequence[int] | Sequence[str] = (1, 2, 3),
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        embedding_dim: int = 64,
+        image_size: tuple[int, int] = (256, 256),
+    ) -> None:
+        super().__init__()
+        check_number("embedding_dim", embedding_dim, "[1, inf)", whole=True)
+        self.backbone = FrozenBackbone(backbone, layers, pre_trained, weights)
+        check_size("image_size", image_size, self.backbone.stride, ", the stride of the coarsest layer")
+        self.image_size = tuple(image_size)
+        strides = [max(FINEST, stride) for stride in self.backbone.strides]
+        with torch.no_grad():
+            grids = [
+                (f.shape[2], f.shape[3]) for f in self.smoothed(self.backbone(torch.zeros(1, 3, *self.image_size)))
+            ]
+        self.maps = nn.ModuleList(
+            GaussianMap(channels, embedding_dim, grid, max(1, CELL // stride))
+            for channels, grid, stride in zip(self.backbone.channels, grids, strides, strict=True)
+        )
+        # layers of one stride count as one
+        shares = [1 / (strides.count(stride) * len(set(strides))) for stride in strides]
+        self.register_buffer("weights", torch.tensor(shares).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the maps have been fitted."""
+        return is_fitted(*self.scales)
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """Those of the maps, which are fitted last."""
+        return [gaussian.scale for gaussian in self.maps]  # type: ignore[misc]
+
+    def forget(self) -> None:
+        """Be without maps, as before training."""
+        for scale in self.scales:
+            scale.fill_(torch.nan)
+
+    def smoothed(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The backbone's features, a ``(B, C, h, w)`` to a layer, as the maps have them."""
+        factors = [max(1, FINEST // stride) for stride in self.backbone.strides]
+        return [smooth(pool(f, factor)) for f, factor in zip(features, factors, strict=True)]
+
+    def distances(self, features: Sequence[Tensor]) -> Tensor:
+        """The mean of all maps ``(B, 1, h, w)``, at the size of the finest, of the backbone's features."""
+        maps = [gaussian(f) for gaussian, f in zip(self.maps, self.smoothed(features), strict=True)]
+        return (fuse(maps) * self.weights).sum(dim=1, keepdim=True)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score images.
+
+        Args:
+            images: ``(B, 3, *image_size)`` in [0, 1].
+
+        Returns:
+            ``anomaly_map`` ``(B, 1, H, W)``: the mean of all maps, 1 on average for defect-free images;
+            ``pred_score`` ``(B,)``: the mean of its largest half per cent, before it is upsampled. Both in [0, inf).
+
+        Raises:
+            RuntimeError: If the maps have not been fitted.
+            ValueError: If the images are of another size.
+        """
+        if not torch.compiler.is_compiling():
+            if tuple(images.shape[-2:]) != self.image_size:
+                msg = f"images must be {self.image_size} pixels high and wide, got {tuple(images.shape[-2:])}"
+                raise ValueError(msg)
+            check_fitted(*self.scales)
+        joint = self.distances(self.backbone(images))
+        return InferenceBatch(pred_score=mean_of_top(joint, SCORED), anomaly_map=upsample(joint, images.shape[-2:]))
+
+
+def fit(
+    model: GaussianModel,
+    clean: Callable[[], Iterable[list[Tensor]]],
+    corrupted: Iterable[tuple[list[Tensor], Tensor]],
+    turned: Iterable[list[Tensor]],
+) -> None:
+    """Fit a model's maps.
+
+    Args:
+        model: The model.
+        clean: Gives the backbone's features of all defect-free images, batch by batch; called twice.
+        corrupted: Features of images with synthetic defects and the defects' masks ``(B, H, W)``.
+        turned: Features of defect-free images, turned and mirrored, so that what the images show evens out and what
+            is left of a position's mean distance is the backbone's own: its padding, at the border.
+
+    Raises:
+        ValueError: If no corrupted image has a defect.
+    """
+    with torch.no_grad():
+        device = model.weights.device
+        channels = model.backbone.channels
+        background, defects = ([Moments(c, device=device) for c in channels] for _ in range(2))
+        images = 0
+        for features in clean():
+            images += len(features[0])
+            for moments, f in zip(background, model.smoothed(features), strict=True):
+                moments.add(f.movedim(1, -1).flatten(0, 2))
+        for features, masks in corrupted:
+            for moments, f in zip(defects, model.smoothed(features), strict=True):
+                cover = F.adaptive_avg_pool2d(masks[:, None].double(), (f.shape[2], f.shape[3]))
+                moments.add(f.movedim(1, -1).flatten(0, 2), cover.flatten())
+        if not all(moments.weight > 0 for moments in defects):
+            msg = "no synthetic defects to select the embedding by: their masks are empty"
+            raise ValueError(msg)
+        maps: list[GaussianMap] = list(model.maps)  # type: ignore[arg-type]
+        factors = [m.fit_directions(*moments) for m, *moments in zip(maps, background, defects, strict=True)]
+        embedded = [Moments(m.roots.shape[-1], m.cells, device) for m in maps]
+        for features in clean():
+            for m, moments, f in zip(maps, embedded, model.smoothed(features), strict=True):
+                embedding = m.embed(f)
+                moments.add(m.in_cells(embedding), m.in_cells(torch.ones_like(embedding[:, :1]))[..., 0])
+        for m, moments, factor in zip(maps, embedded, factors, strict=True):
+            m.fit_covariances(moments, factor, images)
+        totals = [torch.zeros(m.grid, dtype=torch.float64, device=device) for m in maps]
+        count = 0
+        for features in turned:
+            count += len(features[0])
+            for m, total, f in zip(maps, totals, model.smoothed(features), strict=True):
+                total += m.distances(f).double().sum(dim=(0, 1))
+        for m, total in zip(maps, totals, strict=True):
+            m.scale.copy_(count / total)

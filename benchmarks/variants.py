@@ -1,0 +1,188 @@
+"""What each part of the closed form is good for: Cse with one part changed at a time, on the same features.
+
+Features are computed once for every way of resizing and fitted anew for every variant, with the package's own code.
+Nothing is chosen here: labels serve the metrics alone. Run by ``make bench-variants``.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from anomalib.data import ImageBatch, MVTecAD
+from anomalib.metrics import AUPRO
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchmetrics.functional import auroc
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize, Transform
+
+from anomalib_cse import gaussian, gaussian_model
+from anomalib_cse.gaussian_model import GaussianModel, fit
+from anomalib_cse.lightning_model import CORRUPTED_IMAGES, MIRRORED_IMAGES
+from anomalib_cse.synthesis import AnomalySynthesis
+from anomalib_cse.textures import builtin_textures, load_textures
+from anomalib_cse.torch_model import upsample
+from anomalib_cse.training_data import TrainingData
+
+from common import hardware, markdown
+
+LEVELS = (1, 2, 3, 4)
+SHIPPED = {"layers": (1, 2, 3)}
+
+VIEWS: dict[str, Transform] = {
+    "256": Resize((256, 256), antialias=True),
+    "224": Resize((224, 224), antialias=True),
+    "256, centre 224": Compose([Resize((256, 256), antialias=True), CenterCrop((224, 224))]),
+}
+
+
+def principal_components(clean: Tensor, defects: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """As ``contrastive_directions``, but those in which clean features vary most."""
+    values, vectors = torch.linalg.eigh(clean)
+    directions = (vectors * values.rsqrt()).flip(1)[:, :dim]
+    return directions, (directions * (defects @ directions)).sum(dim=0)
+
+
+def box(maps: Tensor) -> Tensor:
+    """Means over 3x3 positions."""
+    return F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
+
+
+# the view, arguments of the model, and what stands in for a part of a module
+Variant = tuple[str, Mapping[str, Any], Mapping[tuple[Any, str], Any]]
+VARIANTS: dict[str, Variant] = {
+    "as it is": ("256", {}, {}),
+    "centre crop of 224": ("256, centre 224", {}, {}),
+    "resized to 224": ("224", {}, {}),
+    "layers 1, 2": ("256", {"layers": (1, 2)}, {}),
+    "layers 2, 3": ("256", {"layers": (2, 3)}, {}),
+    "layer 3": ("256", {"layers": (3,)}, {}),
+    "layers 1 to 4": ("256", {"layers": LEVELS}, {}),
+    "not smoothed": ("256", {}, {(gaussian_model, "smooth"): lambda maps: maps}),
+    "smoothed by 3x3 means": ("256", {}, {(gaussian_model, "smooth"): box}),
+    "one covariance for all positions": ("256", {}, {(gaussian, "PRIOR"): float("inf")}),
+    **{f"prior of {n} images": ("256", {}, {(gaussian, "PRIOR"): n}) for n in (10, 100, 300)},
+    "covariance for cells of 32 pixels": ("256", {}, {(gaussian_model, "CELL"): 32}),
+    "directions: principal components": ("256", {}, {(gaussian, "contrastive_directions"): principal_components}),
+    "directions: all alike": ("256", {}, {(gaussian, "evidence"): torch.ones_like}),
+    "principal components, all alike": (
+        "256",
+        {},
+        {(gaussian, "contrastive_directions"): principal_components, (gaussian, "evidence"): torch.ones_like},
+    ),
+    **{f"{dim} directions": ("256", {"embedding_dim": dim}, {}) for dim in (16, 32, 128)},
+    "score: the largest value": ("256", {}, {(gaussian_model, "SCORED"): 1e-9}),
+    **{f"score: largest {100 * s:g} %": ("256", {}, {(gaussian_model, "SCORED"): s}) for s in (0.01, 0.02, 0.1)},
+    **{f"ridge of {ridge}": ("256", {}, {(gaussian, "RIDGE"): ridge}) for ridge in (0.001, 0.1)},
+}  # fmt: skip
+NOT_SCALED = "no scale for the border"
+
+
+class Features:
+    """Everything that fitting and scoring one set needs, seen one way.
+
+    Args:
+        options: Those of the command line.
+        category: Of the images.
+        view: Key of ``VIEWS``.
+    """
+
+    def __init__(self, options: argparse.Namespace, category: str, view: str) -> None:
+        images = MVTecAD(root=options.root / Path(category).parent, category=Path(category).name, num_workers=0)
+        images.setup()
+        generator = torch.Generator().manual_seed(options.seed)
+        textures = (
+            load_textures(options.dtd_dir, 512, 256, generator)
+            if options.dtd_dir
+            else builtin_textures(512, 256, generator)
+        )
+        transform = VIEWS[view]
+        backbone = GaussianModel(options.backbone, LEVELS).backbone
+        data = TrainingData(
+            DataLoader(images.train_data, batch_size=8),
+            transform,
+            synthesis=AnomalySynthesis(textures),
+            holdout_ratio=0,
+            seed=options.seed,
+            keep_images=False,
+        )
+        data.load(backbone, torch.device("cpu"))
+        self.clean = list(data.features())
+        self.corrupted = list(data.corrupted_features(CORRUPTED_IMAGES))
+        self.mirrored = list(data.mirrored_features(MIRRORED_IMAGES))
+        self.test = []
+        for [image] in DataLoader(images.test_data, batch_size=1, collate_fn=lambda items: items):  # of any size
+            mask = torch.zeros(image.image.shape[-2:]) if image.gt_mask is None else image.gt_mask
+            mask = transform(mask[None, None].float()) > 0.5
+            self.test.append((data.compute(transform(image.image[None])), bool(image.gt_label), mask))
+
+
+def evaluate(features: Features, options: argparse.Namespace, name: str) -> tuple[float, float]:
+    """Image AUROC and AUPRO of a variant."""
+    _, arguments, parts = VARIANTS.get(name, VARIANTS["as it is"])
+    size = tuple(features.test[0][2].shape[-2:])
+    with ExitStack() as stack, torch.no_grad():
+        for (module, part), stand_in in parts.items():
+            stack.enter_context(patch.object(module, part, stand_in))
+        model = GaussianModel(options.backbone, **{**SHIPPED, **arguments}, image_size=size)
+        chosen = [LEVELS.index(level) for level in model.backbone.levels]
+        only: Callable[[list[Tensor]], list[Tensor]] = lambda layers: [layers[i] for i in chosen]  # noqa: E731
+        fit(
+            model,
+            lambda: map(only, features.clean),
+            ((only(layers), masks) for layers, masks in features.corrupted),
+            map(only, features.mirrored),
+        )
+        if name == NOT_SCALED:
+            for m in model.maps:
+                m.scale.fill_(m.scale.mean())
+        scores, aupro = [], AUPRO(["anomaly_map", "gt_mask"])
+        for layers, _, mask in features.test:
+            joint = model.distances(only(layers))
+            scores.append(gaussian_model.mean_of_top(joint, gaussian_model.SCORED))
+            image = torch.zeros(1, 3, *size)  # which an ImageBatch cannot do without
+            aupro.update(ImageBatch(image=image, gt_mask=mask[0], anomaly_map=upsample(joint, size)))
+    labels = torch.tensor([int(defective) for _, defective, _ in features.test])
+    return auroc(torch.cat(scores), labels, "binary").item(), aupro.compute().item()
+
+
+def main() -> None:
+    """Measure one variant after the other and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, required=True, help="folder of datasets in MVTec AD's layout")
+    parser.add_argument("--categories", nargs="+", required=True, help="folders in it")
+    parser.add_argument("--backbone", default="pypi:tf_efficientnet_lite0")
+    parser.add_argument("--dtd-dir", help="texture photographs; default: generated ones")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    names = [*VARIANTS, NOT_SCALED]
+    found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in names}
+    for category in options.categories:
+        for view in VIEWS:
+            features = Features(options, category, view)
+            for name in names:
+                if VARIANTS.get(name, VARIANTS["as it is"])[0] == view:
+                    found[name][Path(category).name] = evaluate(features, options, name)
+                    print(category, name, found[name][Path(category).name], flush=True)
+    print(hardware())
+    print(markdown(rows(found)))
+
+
+def rows(found: Mapping[str, Mapping[str, tuple[float, float]]]) -> Iterator[dict[str, str]]:
+    """Image AUROC / AUPRO in per cent, and their means over the sets."""
+    for name, results in found.items():
+        means = [statistics.mean(values) for values in zip(*results.values(), strict=True)]
+        shown = {**results, "mean": means}
+        yield {
+            "variant": name,
+            **{key: f"{100 * image:.1f} / {100 * pixel:.1f}" for key, (image, pixel) in shown.items()},
+        }
+
+
+if __name__ == "__main__":
+    main()

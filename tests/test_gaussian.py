@@ -1,0 +1,209 @@
+"""The closed form against naive loops, NumPy and SciPy."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from scipy.spatial.distance import mahalanobis
+
+from anomalib_cse.gaussian import PRIOR, RIDGE, GaussianMap, Moments, contrastive_directions, evidence, inverse_root
+from anomalib_cse.gaussian_model import GaussianModel, fit, mean_of_top, smooth
+
+TINY_BACKBONE = {"backbone": "test_efficientnet", "pre_trained": False}
+
+
+def positive_definite(rng, *shape):
+    factor = rng.normal(size=(*shape, shape[-1]))
+    return factor @ factor.swapaxes(-1, -2) + np.eye(shape[-1])
+
+
+def test_smooth_equals_a_naive_loop():
+    maps = torch.rand(2, 3, 4, 5)
+    smoothed = smooth(maps)
+    for i in range(4):
+        for j in range(5):
+            expected = 0
+            for di, row in ((-1, 0.25), (0, 0.5), (1, 0.25)):
+                for dj, column in ((-1, 0.25), (0, 0.5), (1, 0.25)):
+                    expected += row * column * maps[:, :, min(max(i + di, 0), 3), min(max(j + dj, 0), 4)]
+            assert torch.allclose(smoothed[:, :, i, j], expected)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.005, 1), (0.1, 2), (1, 20)])
+def test_mean_of_top_equals_sorting(share, count):
+    maps = torch.rand(3, 1, 4, 5)
+    expected = [sorted(image.flatten().tolist())[-count:] for image in maps]
+    assert mean_of_top(maps, share).tolist() == pytest.approx([sum(values) / count for values in expected])
+
+
+def test_directions_are_the_generalised_eigenvectors():
+    rng = np.random.default_rng(0)
+    clean, defects = positive_definite(rng, 5), positive_definite(rng, 5)
+    directions, ratios = contrastive_directions(torch.from_numpy(clean), torch.from_numpy(defects), 3)
+    values, vectors = scipy.linalg.eigh(defects, clean)
+    assert np.allclose(ratios, values[::-1][:3])
+    cosines = np.sum(directions.numpy() * (clean @ vectors[:, ::-1][:, :3]), axis=0)
+    assert np.allclose(np.abs(cosines), 1)
+    assert np.allclose(directions.T.numpy() @ clean @ directions.numpy(), np.eye(3))
+
+
+def test_evidence_is_the_factor_of_the_log_likelihood_ratio():
+    ratios = torch.tensor([4.0, 1.0, 0.2])
+    likelihood = [torch.distributions.Normal(0, r**0.5) for r in ratios.tolist()]
+    clean = torch.distributions.Normal(0, 1)
+    for distribution, factor in zip(likelihood[:2], evidence(ratios)[:2], strict=True):
+        gain = [2 * (distribution.log_prob(x) - clean.log_prob(x)) for x in torch.tensor([0.0, 3.0])]
+        assert (gain[1] - gain[0]).item() == pytest.approx(9 * factor.item(), abs=1e-5)
+    assert evidence(ratios)[2] == 0  # varies less in defects, and says nothing
+
+
+def test_moments_in_batches_equal_those_of_all():
+    rng = np.random.default_rng(0)
+    vectors, weights, centre = rng.normal(size=(2, 30, 4)) + 3, rng.random((2, 30)), rng.normal(size=4)
+    moments = Moments(4, (2,))
+    for start in (0, 7, 20):
+        part = slice(start, {0: 7, 7: 20, 20: 30}[start])
+        moments.add(torch.from_numpy(vectors[:, part]), torch.from_numpy(weights[:, part]))
+    for cell in range(2):
+        assert np.allclose(moments.mean[cell], np.average(vectors[cell], axis=0, weights=weights[cell]))
+        own = np.cov(vectors[cell].T, aweights=weights[cell], bias=True)
+        assert np.allclose(moments.about(moments.mean[cell])[cell], own)
+        away = vectors[cell] - centre
+        naive = sum(w * np.outer(v, v) for w, v in zip(weights[cell], away, strict=True)) / weights[cell].sum()
+        assert np.allclose(moments.about(torch.from_numpy(centre))[cell], naive)
+    alike = Moments(4, (2,))
+    alike.add(torch.from_numpy(vectors).float())
+    assert np.allclose(alike.mean, vectors.mean(axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "cell"), [((4, 6), 1), ((4, 6), 2), ((5, 3), 2), ((3, 4), 4)])
+def test_distances_are_mahalanobis_distances_from_the_cells_gaussian(grid, cell):
+    rng = np.random.default_rng(0)
+    gaussian = GaussianMap(7, 3, grid, cell)
+    projection, offset = rng.normal(size=(3, 7)), rng.normal(size=3)
+    covariances = positive_definite(rng, *gaussian.cells, 3)
+    gaussian.projection.copy_(torch.from_numpy(projection))
+    gaussian.offset.copy_(torch.from_numpy(offset)[:, None])
+    gaussian.roots.copy_(inverse_root(torch.from_numpy(covariances)))
+    gaussian.scale.copy_(torch.rand(grid))
+    features = torch.rand(2, 7, *grid)
+    distances = gaussian(features)
+    assert distances.shape == (2, 1, *grid)
+    for image in range(2):
+        for i in range(grid[0]):
+            for j in range(grid[1]):
+                embedding = projection @ features[image, :, i, j].numpy() + offset
+                inverse = np.linalg.inv(covariances[i // cell, j // cell])
+                expected = mahalanobis(embedding, np.zeros(3), inverse) * gaussian.scale[i, j].item()
+                assert distances[image, 0, i, j].item() == pytest.approx(expected, rel=1e-4)
+
+
+def fitted(images=12, **options):
+    """A model of random weights, and what it was fitted to."""
+    torch.manual_seed(0)
+    model = GaussianModel(**TINY_BACKBONE, **{"image_size": (40, 56), **options})
+    clean, corrupted = torch.rand(images, 3, *model.image_size), torch.rand(4, 3, *model.image_size)
+    masks = torch.zeros(4, *model.image_size)
+    masks[:, 8:32, 16:40] = 1
+    with torch.no_grad():
+        features, defects = model.backbone(clean), model.backbone(corrupted)
+    halves = [[f[: images // 2] for f in features], [f[images // 2 :] for f in features]]
+    fit(model, lambda: halves, [(defects, masks)], [[f[:3] for f in features]])
+    return model, clean, corrupted, masks
+
+
+def test_fit_equals_statistics_of_all_images_at_once():
+    model, clean, corrupted, masks = fitted(embedding_dim=6)
+    with torch.no_grad():
+        layers = zip(model.smoothed(model.backbone(clean)), model.smoothed(model.backbone(corrupted)), strict=True)
+    for gaussian, (features, defects) in zip(model.maps, layers, strict=True):
+        x, d = (f.movedim(1, -1).double().numpy() for f in (features, defects))  # (N, h, w, C)
+        c = x.shape[-1]
+        mean, covariance = x.reshape(-1, c).mean(axis=0), np.cov(x.reshape(-1, c).T, bias=True)
+        covariance += RIDGE * np.trace(covariance) / c * np.eye(c)
+        cover = torch.nn.functional.adaptive_avg_pool2d(masks[:, None].double(), x.shape[1:3])[:, 0].numpy()
+        away = (d - mean).reshape(-1, c)
+        scatter = (away * cover.reshape(-1, 1)).T @ away / cover.sum()
+        values, vectors = scipy.linalg.eigh(scatter, covariance)
+        dim = min(c, 6)
+        values, vectors = values[::-1][:dim], vectors[:, ::-1][:, :dim]
+        assert np.abs(gaussian.projection[0, 0].double().numpy() @ covariance @ vectors) == pytest.approx(
+            np.eye(dim), abs=2e-3
+        )
+        factors = np.maximum(1 - 1 / np.maximum(values, 1), 0)
+        embedded = (x - mean) @ vectors
+        own = len(x) / (len(x) + PRIOR)
+        distances = np.zeros(x.shape[:3])
+        for row, column in np.ndindex(*gaussian.cells):
+            rows, columns = (slice(gaussian.cell * k, gaussian.cell * (k + 1)) for k in (row, column))
+            cell = embedded[:, rows, columns]
+            vectors_in_cell = cell.reshape(-1, dim)
+            shrunk = own * vectors_in_cell.T @ vectors_in_cell / len(vectors_in_cell) + (1 - own) * np.eye(dim)
+            coordinates = cell @ np.linalg.inv(scipy.linalg.sqrtm(shrunk).real)
+            distances[:, rows, columns] = np.sqrt((factors * coordinates**2).sum(axis=-1))
+        expected = distances / distances[:3].mean(axis=0)
+        assert np.allclose(gaussian(features)[:, 0], expected, rtol=5e-3)
+
+
+def test_the_map_is_one_on_average_where_it_was_measured():
+    model, clean, *_ = fitted()
+    features = model.smoothed(model.backbone(clean[:3]))
+    for gaussian, f in zip(model.maps, features, strict=True):
+        assert torch.allclose(gaussian(f).mean(dim=(0, 1)), torch.ones(gaussian.grid), atol=1e-4)
+
+
+def test_layers_of_one_stride_count_as_one():
+    model, clean, *_ = fitted(layers=(1, 2, 3))  # strides 4 and 8, on one grid, and 16
+    assert model.weights.flatten().tolist() == [0.25, 0.25, 0.5]
+    with torch.no_grad():
+        scored = model(clean)
+        maps = [g(f) for g, f in zip(model.maps, model.smoothed(model.backbone(clean)), strict=True)]
+    assert [m.shape[-2:] for m in maps] == [(5, 7), (5, 7), (3, 4)]
+    coarse = torch.nn.functional.interpolate(maps[2], size=(5, 7), mode="bilinear")
+    joint = maps[0] / 4 + maps[1] / 4 + coarse / 2
+    assert torch.allclose(scored.pred_score, joint.amax(dim=(1, 2, 3)))  # half a per cent of 35 positions is one
+    large = torch.nn.functional.interpolate(joint, size=(40, 56), mode="bilinear")
+    assert torch.allclose(scored.anomaly_map, large, atol=1e-5)
+
+
+def test_a_position_is_judged_by_what_is_usual_there():
+    """Where clean images vary, a deviation says less than where they do not."""
+    model = GaussianModel(**TINY_BACKBONE, layers=(3,), image_size=(64, 64), embedding_dim=8)
+    rng = torch.Generator().manual_seed(0)
+    clean = 0.1 * torch.randn(60, model.backbone.channels[0], 4, 4, generator=rng)
+    clean[:, :, 3, 3] *= 10
+    defects = torch.randn(40, *clean.shape[1:], generator=rng)
+    fit(model, lambda: [[clean]], [([defects], torch.ones(40, 64, 64))], [[clean]])
+    deviating = [clean[:1] + 1]
+    with torch.no_grad():
+        [distances] = [g.distances(f) for g, f in zip(model.maps, model.smoothed(deviating), strict=True)]
+    assert distances[0, 0, 3, 3] < distances[0, 0, 0, 0] / 2
+
+
+def test_what_it_refuses():
+    model = GaussianModel(**TINY_BACKBONE, image_size=(64, 64))
+    images = torch.rand(1, 3, 64, 64)
+    with pytest.raises(RuntimeError, match="the model is not fitted"):
+        model(images)
+    with pytest.raises(ValueError, match=r"images must be \(64, 64\) pixels high and wide, got \(64, 32\)"):
+        model(images[..., :32])
+    with pytest.raises(ValueError, match=r"image_size must .* at least 16"):
+        GaussianModel(**TINY_BACKBONE, image_size=(8, 64))
+    features = model.backbone(images)
+    with pytest.raises(ValueError, match="no synthetic defects"):
+        fit(model, lambda: [features], [(features, torch.zeros(1, 64, 64))], [features])
+    fitted_model, clean, *_ = fitted()
+    fitted_model.forget()
+    with pytest.raises(RuntimeError, match="the model is not fitted"):
+        fitted_model(clean)
+
+
+def test_weights_and_state_that_scoring_needs_are_saved():
+    model, clean, *_ = fitted()
+    other = GaussianModel(**TINY_BACKBONE, image_size=(40, 56))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(clean).pred_score, model(clean).pred_score)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()(clean)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -1,0 +1,121 @@
+"""Cse in closed form under anomalib's engine."""
+
+import pytest
+import torch
+from anomalib.data import MVTecAD, PredictDataset
+from anomalib.engine import Engine
+from lightning.pytorch.callbacks import Callback
+
+from anomalib_cse import Cse
+from anomalib_cse.training_data import TrainingData
+
+from tiny import LINEAR, QUIET
+
+
+def fit(root, results, callbacks=None, workers=0, epochs=3, ckpt_path=None, **options):
+    model = Cse(**{**LINEAR, **options})
+    engine = Engine(max_epochs=epochs, default_root_dir=results, callbacks=callbacks, **QUIET)
+    data = MVTecAD(root=root, category="tiny", num_workers=workers)
+    engine.fit(model, datamodule=data, ckpt_path=ckpt_path)
+    return model, engine
+
+
+def assert_equal(first, second):
+    theirs = second.state_dict()
+    for name, value in first.state_dict().items():
+        assert torch.equal(theirs[name], value), name
+
+
+@pytest.fixture(scope="module")
+def whole(mvtec_root, tmp_path_factory):
+    return fit(mvtec_root, tmp_path_factory.mktemp("whole"))
+
+
+def test_white_squares_are_found(whole, mvtec_root):
+    model, engine = whole
+    [metrics] = engine.test(model, datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0))
+    assert metrics["image_AUROC"] == 1
+    assert metrics["pixel_AUROC"] > 0.95
+    assert engine.trainer.max_epochs == 1
+
+
+def test_neither_workers_nor_memory_nor_epochs_change_a_number(whole, mvtec_root, tmp_path):
+    model, _ = fit(mvtec_root, tmp_path, workers=2, epochs=1, memory_budget=0)
+    expected = whole[0].state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.allclose(expected[name], value, rtol=1e-4, atol=1e-5), name
+
+
+def test_images_are_read_a_few_times_and_not_an_epoch_longer(mvtec_root, tmp_path, monkeypatch):
+    passed = []
+    compute = TrainingData.compute
+    monkeypatch.setattr(
+        TrainingData, "compute", lambda self, images: (passed.append(len(images)), compute(self, images))[1]
+    )
+    fit(mvtec_root, tmp_path)
+    assert sum(passed) == 10 + 128 + 4 * 10  # all once, those with defects, and each in its four symmetries
+
+
+def test_another_seed_draws_other_defects(whole, mvtec_root, tmp_path):
+    again, _ = fit(mvtec_root, tmp_path / "again")
+    other, _ = fit(mvtec_root, tmp_path / "other", seed=1)
+    assert_equal(again, whole[0])
+    assert not torch.equal(other.model.maps[0].projection, again.model.maps[0].projection)
+
+
+def test_a_checkpoint_is_the_model(whole, mvtec_root):
+    model, engine = whole
+    loaded = Cse.load_from_checkpoint(engine.best_model_path)
+    assert_equal(loaded, model)
+    images = PredictDataset(mvtec_root / "tiny" / "test" / "square")
+    scores = [
+        [
+            batch.pred_score.tolist()
+            for batch in Engine(default_root_dir=engine.trainer.default_root_dir, **QUIET).predict(m, dataset=images)
+        ]
+        for m in (model, loaded)
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_a_run_that_broke_off_before_it_was_fitted_resumes(whole, mvtec_root, tmp_path):
+    class Break(Callback):
+        def on_train_end(self, trainer, pl_module):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(mvtec_root, tmp_path / "broken", [Break()])
+    [checkpoint] = (tmp_path / "broken").rglob("*.ckpt")
+    with pytest.raises(RuntimeError, match="the model is not fitted"):
+        Cse.load_from_checkpoint(checkpoint).model(torch.rand(1, 3, 64, 64))
+    resumed, engine = fit(mvtec_root, tmp_path / "resumed", ckpt_path=checkpoint)
+    assert_equal(resumed, whole[0])
+    assert_equal(Cse.load_from_checkpoint(engine.best_model_path), whole[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    {"image_size": (72, 64), "center_crop_size": (32, 32), "embedder": "network", "layers": (1, 3)}.items(),
+)
+def test_a_checkpoint_of_other_arguments_is_refused(name, value, whole, mvtec_root, tmp_path):
+    with pytest.raises(ValueError, match=rf"the checkpoint is of {name} .*, the model has .*--model\.{name}"):
+        Engine(default_root_dir=tmp_path, **QUIET).predict(
+            Cse(**{**LINEAR, name: value}), data_path=mvtec_root, ckpt_path=whole[1].best_model_path
+        )
+
+
+def test_a_second_fit_forgets_the_first(whole, mvtec_root, tmp_path):
+    model = Cse(**LINEAR)
+    model.load_state_dict(whole[0].state_dict())
+
+    class NotFitted(Callback):
+        fitted = True
+
+        def on_train_start(self, trainer, pl_module):
+            self.fitted = pl_module.model.fitted
+
+    note = NotFitted()
+    engine = Engine(default_root_dir=tmp_path, callbacks=[note], **QUIET)
+    engine.fit(model, datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0))
+    assert not note.fitted
+    assert_equal(model, whole[0])

@@ -55,20 +55,21 @@ class Moments:
     Args:
         dim: Length C of the vectors.
         cells: Leading shape, for moments of several kinds at once.
-        device: Where they are.
+        device: Where the vectors are; the moments are there too, if it knows double precision.
     """
 
     def __init__(self, dim: int, cells: Sequence[int] = (), device: torch.device | None = None) -> None:
-        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        known = device is None or device.type in ("cpu", "cuda")
+        options: dict[str, Any] = {"dtype": torch.float64, "device": device if known else "cpu"}
         self.weight = torch.zeros(*cells, 1, **options)
         self.first = torch.zeros(*cells, dim, **options)
         self.second = torch.zeros(*cells, dim, dim, **options)
 
     def add(self, vectors: Tensor, weights: Tensor | None = None) -> None:
         """Add vectors ``(*cells, N, C)``, of weight 1 or ``weights`` ``(*cells, N)``."""
-        vectors = vectors.double()
-        weighted = vectors if weights is None else vectors * weights[..., None]
-        count = torch.full_like(vectors[..., 0], 1.0) if weights is None else weights
+        vectors = vectors.to(self.first)
+        count = torch.ones_like(vectors[..., 0]) if weights is None else weights.to(self.first)
+        weighted = vectors * count[..., None]
         self.weight += count.sum(dim=-1, keepdim=True)
         self.first += weighted.sum(dim=-2)
         self.second += weighted.mT @ vectors

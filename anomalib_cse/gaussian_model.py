@@ -59,20 +59,34 @@ class GaussianModel(nn.Module):
         super().__init__()
         check_number("embedding_dim", embedding_dim, "[1, inf)", whole=True)
         self.backbone = FrozenBackbone(backbone, layers, pre_trained, weights)
-        check_size("image_size", image_size, self.backbone.stride, ", the stride of the coarsest layer")
-        self.image_size = tuple(image_size)
-        strides = [max(FINEST, stride) for stride in self.backbone.strides]
-        with torch.no_grad():
-            grids = [
-                (f.shape[2], f.shape[3]) for f in self.smoothed(self.backbone(torch.zeros(1, 3, *self.image_size)))
-            ]
-        self.maps = nn.ModuleList(
-            GaussianMap(channels, embedding_dim, grid, max(1, CELL // stride))
-            for channels, grid, stride in zip(self.backbone.channels, grids, strides, strict=True)
-        )
+        self.embedding_dim = embedding_dim
+        strides = self.strides
         # layers of one stride count as one
         shares = [1 / (strides.count(stride) * len(set(strides))) for stride in strides]
         self.register_buffer("weights", torch.tensor(shares).view(1, -1, 1, 1), persistent=False)
+        self.lay_out(image_size)
+
+    @property
+    def strides(self) -> list[int]:
+        """Those of the maps."""
+        return [max(FINEST, stride) for stride in self.backbone.strides]
+
+    def lay_out(self, image_size: tuple[int, int]) -> None:
+        """Have maps, to be fitted, for images of that height and width.
+
+        Raises:
+            ValueError: If that is less than the stride of the coarsest layer.
+        """
+        what = "image_size, or what center_crop_size leaves of it,"
+        check_size(what, image_size, self.backbone.stride, ", the stride of the coarsest layer")
+        self.image_size = tuple(image_size)
+        with torch.no_grad():
+            features = self.backbone(torch.zeros(1, 3, *image_size, device=self.weights.device))
+            grids = [(f.shape[2], f.shape[3]) for f in self.smoothed(features)]
+        self.maps = nn.ModuleList(
+            GaussianMap(channels, self.embedding_dim, grid, max(1, CELL // stride))
+            for channels, grid, stride in zip(self.backbone.channels, grids, self.strides, strict=True)
+        ).to(self.weights.device)
 
     @property
     def fitted(self) -> bool:
@@ -118,7 +132,12 @@ class GaussianModel(nn.Module):
                 msg = f"images must be {self.image_size} pixels high and wide, got {tuple(images.shape[-2:])}"
                 raise ValueError(msg)
             check_fitted(*self.scales)
-        joint = self.distances(self.backbone(images))
+        features = self.backbone(images)
+        if torch.compiler.is_compiling():
+            joint = self.distances(features)
+        else:  # squares of distances leave the range of 16 bits
+            with torch.autocast(images.device.type, enabled=False):
+                joint = self.distances([f.float() for f in features])
         return InferenceBatch(pred_score=mean_of_top(joint, SCORED), anomaly_map=upsample(joint, images.shape[-2:]))
 
 
@@ -138,7 +157,7 @@ def fit(
             is left of a position's mean distance is the backbone's own: its padding, at the border.
 
     Raises:
-        ValueError: If no corrupted image has a defect.
+        ValueError: If features are not finite, if no corrupted image has a defect, or if none stands out in a layer.
     """
     with torch.no_grad():
         device = model.weights.device
@@ -151,13 +170,26 @@ def fit(
                 moments.add(f.movedim(1, -1).flatten(0, 2))
         for features, masks in corrupted:
             for moments, f in zip(defects, model.smoothed(features), strict=True):
-                cover = F.adaptive_avg_pool2d(masks[:, None].double(), (f.shape[2], f.shape[3]))
+                cover = F.adaptive_avg_pool2d(masks[:, None].float(), (f.shape[2], f.shape[3]))
                 moments.add(f.movedim(1, -1).flatten(0, 2), cover.flatten())
+        if not all(moments.second.isfinite().all() for moments in (*background, *defects)):
+            msg = (
+                "features of the training images are NaN or infinite: so are pixels of theirs, or 16 bits "
+                "(half_precision_memory, the trainer's precision) are too few for this backbone"
+            )
+            raise ValueError(msg)
         if not all(moments.weight > 0 for moments in defects):
             msg = "no synthetic defects to select the embedding by: their masks are empty"
             raise ValueError(msg)
         maps: list[GaussianMap] = list(model.maps)  # type: ignore[arg-type]
         factors = [m.fit_directions(*moments) for m, *moments in zip(maps, background, defects, strict=True)]
+        for level, factor in zip(model.backbone.levels, factors, strict=True):
+            if not factor.any():
+                msg = (
+                    f"no synthetic defect stands out from clean images in layer {level}: leave it out of layers, "
+                    "or give other kinds of defects or textures (defects, dtd_dir)"
+                )
+                raise ValueError(msg)
         embedded = [Moments(m.roots.shape[-1], m.cells, device) for m in maps]
         for features in clean():
             for m, moments, f in zip(maps, embedded, model.smoothed(features), strict=True):
@@ -165,11 +197,11 @@ def fit(
                 moments.add(m.in_cells(embedding), m.in_cells(torch.ones_like(embedding[:, :1]))[..., 0])
         for m, moments, factor in zip(maps, embedded, factors, strict=True):
             m.fit_covariances(moments, factor, images)
-        totals = [torch.zeros(m.grid, dtype=torch.float64, device=device) for m in maps]
+        totals = [torch.zeros(m.grid, device=device) for m in maps]
         count = 0
         for features in turned:
             count += len(features[0])
             for m, total, f in zip(maps, totals, model.smoothed(features), strict=True):
-                total += m.distances(f).double().sum(dim=(0, 1))
+                total += m.distances(f).sum(dim=(0, 1))
         for m, total in zip(maps, totals, strict=True):
-            m.scale.copy_(count / total)
+            m.scale.copy_(count / total.clamp(min=torch.finfo(total.dtype).eps * count))  # images may be all alike

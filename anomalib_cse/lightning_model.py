@@ -4,7 +4,7 @@ import copy
 import inspect
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,6 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
-from .backbone import resolve_layers
 from .checkpoints import WholeCheckpointIO
 from .checks import check_flag, check_number, check_size
 from .gaussian_model import GaussianModel, fit
@@ -173,12 +172,10 @@ class Cse(AnomalibModule):
         if download_dtd and str(dtd_dir) == "builtin":
             msg = "download_dtd needs a dtd_dir to download to, got dtd_dir='builtin', which downloads nothing"
             raise ValueError(msg)
-        if embedder == "network" and image_size is None and center_crop_size is None:
-            center_crop_size = (224, 224)  # Section 4.1
+        papers = embedder == "network" and image_size is None and center_crop_size is None
+        crop = (224, 224) if papers else center_crop_size  # Section 4.1
         super().__init__(
-            pre_processor=self.configure_pre_processor(image_size, center_crop_size)
-            if pre_processor is True
-            else pre_processor,
+            pre_processor=self.configure_pre_processor(image_size, crop) if pre_processor is True else pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
@@ -212,7 +209,7 @@ class Cse(AnomalibModule):
                 self.embedder = Embedder(sum(channels), embedding_dim)
                 self.decoder = Decoder(channels, embedding_dim) if decoder != "none" else None
         if pre_processor is True:
-            name, seen = ("center_crop_size", center_crop_size) if center_crop_size else ("image_size", image_size)
+            name, seen = ("center_crop_size", crop) if crop else ("image_size", image_size)
             why = ", the stride of the coarsest layer"
             check_size(name, seen or (256, 256), self.model.backbone.stride, why)
         self.model.requires_grad_(requires_grad=False)
@@ -282,7 +279,7 @@ class Cse(AnomalibModule):
             and trainer.max_steps == -1
             and not any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         ):
-            trainer.fit_loop.max_epochs = DEFAULT_EPOCHS
+            trainer.fit_loop.max_epochs = DEFAULT_EPOCHS if self.embedder else 1
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """anomalib's, but training images are pre-processed where they are read, so not once more per batch."""
@@ -588,8 +585,9 @@ class Cse(AnomalibModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the backbone by its architecture: its weights are in the checkpoint, so loading needs no others."""
         super().on_save_checkpoint(checkpoint)
-        architecture = self.model.backbone.architecture
-        checkpoint["hyper_parameters"].update(backbone=architecture, pre_trained=False, weights=None)
+        ours = self.model.backbone
+        own = {"backbone": ours.architecture, "layers": ours.levels, "pre_trained": False, "weights": None}
+        checkpoint["hyper_parameters"].update(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the epoch to resume with, as Lightning asks for its first batches before it has restored that.
@@ -600,19 +598,17 @@ class Cse(AnomalibModule):
         Raises:
             ValueError: If the checkpoint is of a model with other arguments, or of a run to resume with another seed.
         """
-        ours = {"backbone": self.model.backbone.architecture} | {name: self.hparams[name] for name in SHAPING}
+        backbone = self.model.backbone
+        shaping = {name: self.hparams[name] for name in SHAPING}
+        ours = {"backbone": backbone.architecture, **shaping, "layers": backbone.levels}
         for name, own in ours.items():
             theirs = checkpoint["hyper_parameters"].get(name)
-            if theirs != own and (
-                name != "layers" or resolve_layers(ours["backbone"], theirs) != self.model.backbone.levels
-            ):
+            if theirs != own:
                 msg = (
                     f"the checkpoint is of {name} {theirs}, the model has {own}: give the arguments that it was "
                     f"trained with, such as --model.{name}, or the config.yaml of that run"
                 )
                 raise ValueError(msg)
-        if self.embedder is None:
-            self.check_image_size(checkpoint["hyper_parameters"])
         begun_with = int(checkpoint["state_dict"]["fit_seed"])
         resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if resuming and self.seed not in (None, begun_with):
@@ -620,26 +616,30 @@ class Cse(AnomalibModule):
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         self._start_epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        finished = is_fitted(*checkpoint["state_dict"].values())
+        if self.embedder is None:
+            self.take_image_size()
+        finished = is_fitted(*(v for name, v in checkpoint["state_dict"].items() if name.startswith("model.")))
         resumed = self._resumed is not None and self.trainer.ckpt_path == self._resumed
         if resumed and not finished and self.trainer.state.fn == TrainerFn.TESTING:
             logger.info("%s is of the unfinished run: testing the model that resuming it has given.", self._resumed)
             checkpoint.update(state_dict=self.state_dict(), callbacks=None)  # anomalib's post-processor is both
 
-    def check_image_size(self, theirs: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint whose maps are of images of another size.
-
-        Args:
-            theirs: The checkpoint's arguments.
+    def take_image_size(self) -> None:
+        """Have maps for what the checkpoint's pre-processor, which anomalib has restored, leaves of an image.
 
         Raises:
-            ValueError: If the sizes differ.
+            ValueError: If the arguments ask for another size.
         """
-        for name, default in {"image_size": (256, 256), "center_crop_size": None}.items():
-            given, own = (tuple(arguments.get(name) or default or ()) for arguments in (theirs, self.hparams))
-            if given != own:
-                msg = f"the checkpoint is of {name} {given}, the model has {own}: give --model.{name} as in training"
-                raise ValueError(msg)
+        size = fixed_size(self.pre_processor.transform if self.pre_processor else None)
+        if size == self.model.image_size:
+            return
+        if self.hparams["image_size"] or self.hparams["center_crop_size"]:
+            msg = (
+                f"the checkpoint is of images of {size} pixels, image_size and center_crop_size of the model give "
+                f"{self.model.image_size}: give --model.image_size as in training, or neither"
+            )
+            raise ValueError(msg)
+        self.model.lay_out(size)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "Cse":  # type: ignore[override]

@@ -55,7 +55,9 @@ def fixed_size(transform: Transform | None) -> tuple[int, int]:
         ValueError: If images of different sizes leave it with different sizes.
     """
     sizes = (
-        [tuple(transform(torch.zeros(1, 3, *size)).shape[-2:]) for size in ((40, 60), (64, 48))] if transform else []
+        [tuple(transform(torch.zeros(1, 3, *size)).shape[-2:]) for size in ((600, 800), (1000, 700))]
+        if transform
+        else []
     )
     if len(set(sizes)) != 1:
         msg = (

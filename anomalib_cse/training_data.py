@@ -43,7 +43,7 @@ class TrainingData:
         seed: Decides the split, the pairs and the defects.
         memory_budget: Most bytes for features and images.
         memory_dtype: In which numbers they are kept.
-        keep_images: Whether images are of use between epochs.
+        keep_images: Whether images, as they are without augmentations, are of use between epochs.
         num_replicas, rank: Number of processes, and which one this is.
 
     Raises:
@@ -72,7 +72,8 @@ class TrainingData:
         warn_of_depth(loader.dataset)
         self.loader = loader
         self.augmented = PreparedImages(loader.dataset, transform)
-        self.images = PreparedImages(without_augmentations(loader.dataset), transform)
+        plain = without_augmentations(loader.dataset) if keep_images else loader.dataset
+        self.images = PreparedImages(plain, transform)
         self.synthesis = synthesis
         self.batch_size = batch_size
         self.seed = seed

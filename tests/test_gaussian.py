@@ -180,6 +180,27 @@ def test_a_position_is_judged_by_what_is_usual_there():
     assert distances[0, 0, 3, 3] < distances[0, 0, 0, 0] / 2
 
 
+def test_sixteen_bits_leave_the_distances_alone():
+    """Squares of distances overflow in half precision; only the backbone's rounding may show."""
+    model, clean, *_ = fitted()
+    images = clean[:2].clone()
+    images[:, :, 8:24, 8:24] = 5
+    expected = model(images).pred_score
+    with torch.autocast("cpu", torch.float16):
+        scores = model(images).pred_score
+    assert scores.dtype == torch.float32
+    assert torch.allclose(scores, expected, rtol=0.1)
+
+
+def test_the_score_is_the_mean_of_the_largest_half_per_cent():
+    model, clean, *_ = fitted(images=2, image_size=(256, 256), layers=(1, 2))
+    with torch.no_grad():
+        joint, scores = model.distances(model.backbone(clean)), model(clean).pred_score
+    assert joint.shape[-2:] == (32, 32)
+    expected = [sum(sorted(image.flatten().tolist())[-5:]) / 5 for image in joint]
+    assert scores.tolist() == pytest.approx(expected)
+
+
 def test_what_it_refuses():
     model = GaussianModel(**TINY_BACKBONE, image_size=(64, 64))
     images = torch.rand(1, 3, 64, 64)
@@ -187,11 +208,13 @@ def test_what_it_refuses():
         model(images)
     with pytest.raises(ValueError, match=r"images must be \(64, 64\) pixels high and wide, got \(64, 32\)"):
         model(images[..., :32])
-    with pytest.raises(ValueError, match=r"image_size must .* at least 16"):
+    with pytest.raises(ValueError, match=r"image_size.* must .* at least 16"):
         GaussianModel(**TINY_BACKBONE, image_size=(8, 64))
     features = model.backbone(images)
     with pytest.raises(ValueError, match="no synthetic defects"):
         fit(model, lambda: [features], [(features, torch.zeros(1, 64, 64))], [features])
+    with pytest.raises(ValueError, match="no synthetic defect stands out from clean images in layer 1"):
+        fit(model, lambda: [features], [(features, torch.ones(1, 64, 64))], [features])
     fitted_model, clean, *_ = fitted()
     fitted_model.forget()
     with pytest.raises(RuntimeError, match="the model is not fitted"):

@@ -4,7 +4,10 @@ import pytest
 import torch
 from anomalib.data import MVTecAD, PredictDataset
 from anomalib.engine import Engine
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from torchvision.transforms.v2 import ColorJitter, Compose, Resize, Transform
 
 from anomalib_cse import Cse
 from anomalib_cse.training_data import TrainingData
@@ -95,13 +98,51 @@ def test_a_run_that_broke_off_before_it_was_fitted_resumes(whole, mvtec_root, tm
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    {"image_size": (72, 64), "center_crop_size": (32, 32), "embedder": "network", "layers": (1, 3)}.items(),
+    {"image_size": (72, 64), "embedder": "network", "layers": (1, 3), "embedding_dim": 8}.items(),
 )
 def test_a_checkpoint_of_other_arguments_is_refused(name, value, whole, mvtec_root, tmp_path):
-    with pytest.raises(ValueError, match=rf"the checkpoint is of {name} .*, the model has .*--model\.{name}"):
+    with pytest.raises(ValueError, match=rf"the checkpoint is of .*--model\.{name}"):
         Engine(default_root_dir=tmp_path, **QUIET).predict(
             Cse(**{**LINEAR, name: value}), data_path=mvtec_root, ckpt_path=whole[1].best_model_path
         )
+
+
+def test_a_checkpoint_brings_its_size_and_levels_along(mvtec_root, tmp_path):
+    options = {name: value for name, value in LINEAR.items() if name not in ("image_size", "layers")}
+    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    model = Cse(**options, pre_processor=PreProcessor(Resize((70, 61))))
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    engine.fit(model, datamodule=data)
+    images = mvtec_root / "tiny" / "test" / "square"
+    expected = [batch.pred_score.tolist() for batch in engine.predict(model, data_path=images)]
+    for other in (Cse(**options), Cse(**options, layers=(1, 2, 3)), Cse.load_from_checkpoint(engine.best_model_path)):
+        fresh = Engine(default_root_dir=tmp_path, **QUIET)
+        batches = fresh.predict(other, data_path=images, ckpt_path=engine.best_model_path)
+        assert [batch.pred_score.tolist() for batch in batches] == expected
+
+
+def test_images_that_are_no_numbers_are_said_to_be(mvtec_root, tmp_path):
+    class Spoil(Transform):
+        def transform(self, inpt, params):
+            return inpt * torch.nan if isinstance(inpt, torch.Tensor) else inpt
+
+    with pytest.raises(ValueError, match="features of the training images are NaN or infinite"):
+        fit(mvtec_root, tmp_path, image_size=None, pre_processor=PreProcessor(Compose([Resize((64, 64)), Spoil()])))
+
+
+def test_augmentations_are_used(whole, mvtec_root, tmp_path):
+    model = Cse(**LINEAR)
+    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0, train_augmentations=ColorJitter(brightness=0.9))
+    Engine(default_root_dir=tmp_path, **QUIET).fit(model, datamodule=data)
+    assert not torch.allclose(model.model.maps[0].roots, whole[0].model.maps[0].roots, rtol=0.01)
+
+
+def test_without_an_end_lightning_takes_one_epoch(mvtec_root, tmp_path):
+    model = Cse(**LINEAR)
+    trainer = Trainer(default_root_dir=tmp_path, enable_checkpointing=False, **QUIET)
+    trainer.fit(model, datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0))
+    assert trainer.current_epoch == 1
+    assert model.model.fitted
 
 
 def test_a_second_fit_forgets_the_first(whole, mvtec_root, tmp_path):

@@ -177,6 +177,12 @@ def test_blur_equals_torchvisions():
         assert torch.allclose(result[inside], expected[inside], atol=1e-6)
 
 
+def test_blur_takes_images_in_any_layout():
+    images, sizes = torch.rand(3, 3, 40, 50), torch.tensor([5, 9, 15])
+    last = gaussian_blur(images.contiguous(memory_format=torch.channels_last), sizes, 6.0)
+    assert torch.allclose(last, gaussian_blur(images, sizes, 6.0), atol=1e-6)
+
+
 def operation(name, images, **changed):
     """One textural operation on ``images`` with some of the drawn parameters replaced."""
     params = AnomalySynthesis(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).sample(

@@ -204,3 +204,48 @@ def test_what_cannot_be_trained_with():
         training_data(1)
     with pytest.raises(TypeError, match="one DataLoader"):
         TrainingData([1, 2, 3], None, synthesis=None)
+
+
+class Gradients(Images):
+    """Images that no symmetry leaves as they are; white textures are none of their values."""
+
+    def __getitem__(self, index):
+        return Item((torch.arange(3 * 32 * 32) / 4000 + index / 100).reshape(3, 32, 32))
+
+
+def gradients(count):
+    synthesis = AnomalySynthesis(torch.full((2, 3, 32, 32), 255, dtype=torch.uint8))
+    data = TrainingData(DataLoader(Gradients(count)), None, synthesis=synthesis, holdout_ratio=0, batch_size=3)
+    data.load(lambda images: [images], DEVICE)
+    return data, [data.images[index] for index in range(count)]
+
+
+def test_corrupted_images_differ_where_their_masks_are():
+    data, originals = gradients(4)
+    found = 0
+    for [images], masks in data.corrupted_features(10):
+        assert images.shape[0] == masks.shape[0]
+        for image, mask in zip(images, masks, strict=True):
+            assert mask.any()
+            of = [(image - original)[:, ~mask].abs().max().item() == 0 for original in originals]
+            assert of.count(True) == 1
+            assert (image - originals[of.index(True)])[:, mask].abs().max() > 0
+            found += 1
+    assert found == 10
+    first, second = ([m for _, m in data.corrupted_features(10)] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_every_image_is_drawn_before_any_is_drawn_again():
+    data, _ = gradients(4)
+    drawn = data.draw(10)
+    assert sorted(drawn[:4]) == sorted(drawn[4:8]) == [0, 1, 2, 3]
+    assert len(drawn) == 10
+
+
+def test_mirrored_images_are_mirrored():
+    data, originals = gradients(4)
+    mirrored = torch.cat([images for [images] in data.mirrored_features(9)])
+    expected = [o.flip(axes) for o in originals for axes in ((), (1,), (2,), (1, 2))]
+    assert len(mirrored) == len(expected) == 16
+    assert all(any(torch.equal(image, other) for image in mirrored) for other in expected)

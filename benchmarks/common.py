@@ -82,8 +82,9 @@ def hardware() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
-        f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}, no GPU"
+        f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}, {gpu}"
     )
 
 

@@ -273,7 +273,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backbone", help="a timm name or local-dir:FOLDER for all models that take it")
     parser.add_argument("--offline", action="store_true", help="no hub: random weights for models that take no folder")
     parser.add_argument("--dtd-dir", help="texture photographs for Cse and Draem; default: each one's own")
-    parser.add_argument("--models", nargs="+", help="names, with arguments if wanted: Patchcore 'Cse decoder=none'")
+    parser.add_argument("--models", nargs="+", help="names, with arguments if wanted: Patchcore 'Cse embedder=network'")
     parser.add_argument("--ablation", nargs="+", choices=ABLATIONS, default=[], help="variants of Cse instead")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="most epochs; below a model's own number the table says so")

@@ -136,7 +136,7 @@ def contender(row: str, seed: int, options: Namespace) -> Contender:
     """How a row of the table takes part.
 
     Args:
-        row: A model's name, and arguments of its constructor after it: ``"Cse decoder=none num_centres=2"``.
+        row: A model's name, and arguments of its constructor after it: ``"Cse embedder=network num_centres=2"``.
         seed: Of the model, if it takes one.
         options: Those of ``compare.py``.
 
@@ -146,7 +146,7 @@ def contender(row: str, seed: int, options: Namespace) -> Contender:
     name, *pairs = row.split()
     class_of(name)
     if not all("=" in pair for pair in pairs):
-        msg = f"--models takes names with NAME=VALUE after them, such as 'Cse decoder=none', got {row!r}"
+        msg = f"--models takes names with NAME=VALUE after them, such as 'Cse embedder=network', got {row!r}"
         raise ValueError(msg)
     given = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
     closed_form = name == "Cse" and given.get("embedder") != "network"

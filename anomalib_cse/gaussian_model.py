@@ -14,7 +14,7 @@ from .gaussian import GaussianMap, Moments
 from .torch_model import check_fitted, fuse, is_fitted, pool, upsample
 
 FINEST = 8  # stride of the finest map; finer layers are pooled to it
-CELL = 16  # pixels; positions within a cell have a covariance in common
+CELL = 4  # positions along a side that have a covariance in common at that stride; coarser ones have one each
 SCORED = 0.005  # share of the positions that an image's score is the mean of
 
 
@@ -28,6 +28,21 @@ def mean_of_top(maps: Tensor, share: float) -> Tensor:
     """The mean of the largest values, a share in (0, 1] of all, at least one: ``(B,)`` of ``(B, 1, H, W)``."""
     values = maps.flatten(1)
     return values.topk(max(1, round(share * values.shape[1])), dim=1).values.mean(dim=1)
+
+
+def geometric_mean(maps: Tensor, weights: Tensor) -> Tensor:
+    """The weighted geometric mean ``(B, 1, H, W)`` of maps ``(B, L, H, W)``, with weights ``(1, L, 1, 1)`` of sum 1.
+
+    If layers weigh as their dimensions D, its logarithm is, but for constants, the negative log-likelihood of Gaussians
+    of unknown scale: with the likeliest scale of each, that is ``D log distance``.
+    """
+    return (maps**weights).prod(dim=1, keepdim=True)
+
+
+def shares(factors: Sequence[Tensor]) -> Tensor:
+    """The layers' weights ``(1, L, 1, 1)``: how many dimensions each one has, counted by what they say ``(D,)``."""
+    dimensions = torch.stack([f.sum() for f in factors])
+    return (dimensions / dimensions.sum()).view(1, -1, 1, 1)
 
 
 class GaussianModel(nn.Module):
@@ -60,10 +75,7 @@ class GaussianModel(nn.Module):
         check_number("embedding_dim", embedding_dim, "[1, inf)", whole=True)
         self.backbone = FrozenBackbone(backbone, layers, pre_trained, weights)
         self.embedding_dim = embedding_dim
-        strides = self.strides
-        # layers of one stride count as one
-        shares = [1 / (strides.count(stride) * len(set(strides))) for stride in strides]
-        self.register_buffer("weights", torch.tensor(shares).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("weights", torch.full((1, len(self.backbone.levels), 1, 1), torch.nan))
         self.lay_out(image_size)
 
     @property
@@ -84,7 +96,7 @@ class GaussianModel(nn.Module):
             features = self.backbone(torch.zeros(1, 3, *image_size, device=self.weights.device))
             grids = [(f.shape[2], f.shape[3]) for f in self.smoothed(features)]
         self.maps = nn.ModuleList(
-            GaussianMap(channels, self.embedding_dim, grid, max(1, CELL // stride))
+            GaussianMap(channels, self.embedding_dim, grid, CELL if stride == FINEST else 1)
             for channels, grid, stride in zip(self.backbone.channels, grids, self.strides, strict=True)
         ).to(self.weights.device)
 
@@ -109,9 +121,9 @@ class GaussianModel(nn.Module):
         return [smooth(pool(f, factor)) for f, factor in zip(features, factors, strict=True)]
 
     def distances(self, features: Sequence[Tensor]) -> Tensor:
-        """The mean of all maps ``(B, 1, h, w)``, at the size of the finest, of the backbone's features."""
+        """The geometric mean of all maps ``(B, 1, h, w)``, at the size of the finest, of the backbone's features."""
         maps = [gaussian(f) for gaussian, f in zip(self.maps, self.smoothed(features), strict=True)]
-        return (fuse(maps) * self.weights).sum(dim=1, keepdim=True)
+        return geometric_mean(fuse(maps), self.weights)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images.
@@ -120,7 +132,7 @@ class GaussianModel(nn.Module):
             images: ``(B, 3, *image_size)`` in [0, 1].
 
         Returns:
-            ``anomaly_map`` ``(B, 1, H, W)``: the mean of all maps, 1 on average for defect-free images;
+            ``anomaly_map`` ``(B, 1, H, W)``: the geometric mean of all maps, about 1 for defect-free images;
             ``pred_score`` ``(B,)``: the mean of its largest half per cent, before it is upsampled. Both in [0, inf).
 
         Raises:
@@ -190,6 +202,7 @@ def fit(
                     "or give other kinds of defects or textures (defects, dtd_dir)"
                 )
                 raise ValueError(msg)
+        model.weights.copy_(shares(factors))
         embedded = [Moments(m.roots.shape[-1], m.cells, device) for m in maps]
         for features in clean():
             for m, moments, f in zip(maps, embedded, model.smoothed(features), strict=True):

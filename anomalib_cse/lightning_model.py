@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_EPOCHS = 100  # Section 4.1
 DECODER_EPOCHS = 20  # for decoder="pretrained"; the paper gives no number
 MOST_CLUSTERED = 2**20  # positions for k-means, drawn at random beyond that, so that memory is bounded
-CORRUPTED_IMAGES = 128  # with synthetic defects, to select the linear embedding by
+CORRUPTED_IMAGES = 256  # with synthetic defects, to select the linear embedding by
 MIRRORED_IMAGES = 24  # to measure the border with
 SHAPING = ("embedder", "layers", "embedding_dim", "pool_size", "num_centres", "decoder")  # a checkpoint fits its own
 TEXTURES_KEPT = 512

@@ -6,7 +6,7 @@ Nothing is chosen here: labels serve the metrics alone. Run by ``make bench-vari
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics.functional import auroc
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize, Transform
 
 from anomalib_cse import gaussian, gaussian_model
@@ -53,6 +54,16 @@ def box(maps: Tensor) -> Tensor:
     return F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
 
 
+def arithmetic_mean(maps: Tensor, weights: Tensor) -> Tensor:
+    """As ``geometric_mean``."""
+    return (maps * weights).sum(dim=1, keepdim=True)
+
+
+def alike(factors: Sequence[Tensor]) -> Tensor:
+    """As ``shares``, whatever the layers say."""
+    return torch.full((1, len(factors), 1, 1), 1 / len(factors))
+
+
 # the view, arguments of the model, and what stands in for a part of a module
 Variant = tuple[str, Mapping[str, Any], Mapping[tuple[Any, str], Any]]
 VARIANTS: dict[str, Variant] = {
@@ -67,7 +78,11 @@ VARIANTS: dict[str, Variant] = {
     "smoothed by 3x3 means": ("256", {}, {(gaussian_model, "smooth"): box}),
     "one covariance for all positions": ("256", {}, {(gaussian, "PRIOR"): float("inf")}),
     **{f"prior of {n} images": ("256", {}, {(gaussian, "PRIOR"): n}) for n in (10, 100, 300)},
-    "covariance for cells of 32 pixels": ("256", {}, {(gaussian_model, "CELL"): 32}),
+    **{
+        f"cells of {n}x{n} positions at stride 8": ("256", {}, {(gaussian_model, "CELL"): n}) for n in (1, 2, 8)
+    },
+    "arithmetic mean of the maps": ("256", {}, {(gaussian_model, "geometric_mean"): arithmetic_mean}),
+    "every layer counts alike": ("256", {}, {(gaussian_model, "shares"): alike}),
     "directions: principal components": ("256", {}, {(gaussian, "contrastive_directions"): principal_components}),
     "directions: all alike": ("256", {}, {(gaussian, "evidence"): torch.ones_like}),
     "principal components, all alike": (
@@ -118,8 +133,8 @@ class Features:
         self.test = []
         for [image] in DataLoader(images.test_data, batch_size=1, collate_fn=lambda items: items):  # of any size
             mask = torch.zeros(image.image.shape[-2:]) if image.gt_mask is None else image.gt_mask
-            mask = transform(mask[None, None].float()) > 0.5
-            self.test.append((data.compute(transform(image.image[None])), bool(image.gt_label), mask))
+            mask = transform(tv_tensors.Mask(mask[None].to(torch.uint8)))  # nearest, as anomalib's
+            self.test.append((data.compute(transform(image.image[None])), bool(image.gt_label), mask.bool()))
 
 
 def evaluate(features: Features, options: argparse.Namespace, name: str) -> tuple[float, float]:
@@ -146,7 +161,7 @@ def evaluate(features: Features, options: argparse.Namespace, name: str) -> tupl
             joint = model.distances(only(layers))
             scores.append(gaussian_model.mean_of_top(joint, gaussian_model.SCORED))
             image = torch.zeros(1, 3, *size)  # which an ImageBatch cannot do without
-            aupro.update(ImageBatch(image=image, gt_mask=mask[0], anomaly_map=upsample(joint, size)))
+            aupro.update(ImageBatch(image=image, gt_mask=mask, anomaly_map=upsample(joint, size)))
     labels = torch.tensor([int(defective) for _, defective, _ in features.test])
     return auroc(torch.cat(scores), labels, "binary").item(), aupro.compute().item()
 

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from scipy.spatial.distance import mahalanobis
 
 from anomalib_cse.gaussian import PRIOR, RIDGE, GaussianMap, Moments, contrastive_directions, evidence, inverse_root
-from anomalib_cse.gaussian_model import GaussianModel, fit, mean_of_top, smooth
+from anomalib_cse.gaussian_model import GaussianModel, fit, geometric_mean, mean_of_top, shares, smooth
 
 TINY_BACKBONE = {"backbone": "test_efficientnet", "pre_trained": False}
 
@@ -116,6 +117,7 @@ def test_fit_equals_statistics_of_all_images_at_once():
     model, clean, corrupted, masks = fitted(embedding_dim=6)
     with torch.no_grad():
         layers = zip(model.smoothed(model.backbone(clean)), model.smoothed(model.backbone(corrupted)), strict=True)
+    telling = []
     for gaussian, (features, defects) in zip(model.maps, layers, strict=True):
         x, d = (f.movedim(1, -1).double().numpy() for f in (features, defects))  # (N, h, w, C)
         c = x.shape[-1]
@@ -143,6 +145,8 @@ def test_fit_equals_statistics_of_all_images_at_once():
             distances[:, rows, columns] = np.sqrt((factors * coordinates**2).sum(axis=-1))
         expected = distances / distances[:3].mean(axis=0)
         assert np.allclose(gaussian(features)[:, 0], expected, rtol=5e-3)
+        telling.append(factors.sum())
+    assert np.allclose(model.weights.flatten(), np.array(telling) / sum(telling), rtol=1e-3)
 
 
 def test_the_map_is_one_on_average_where_it_was_measured():
@@ -152,18 +156,30 @@ def test_the_map_is_one_on_average_where_it_was_measured():
         assert torch.allclose(gaussian(f).mean(dim=(0, 1)), torch.ones(gaussian.grid), atol=1e-4)
 
 
-def test_layers_of_one_stride_count_as_one():
+def test_layers_are_multiplied_each_as_often_as_it_has_dimensions_that_say_something():
     model, clean, *_ = fitted(layers=(1, 2, 3))  # strides 4 and 8, on one grid, and 16
-    assert model.weights.flatten().tolist() == [0.25, 0.25, 0.5]
     with torch.no_grad():
         scored = model(clean)
         maps = [g(f) for g, f in zip(model.maps, model.smoothed(model.backbone(clean)), strict=True)]
     assert [m.shape[-2:] for m in maps] == [(5, 7), (5, 7), (3, 4)]
-    coarse = torch.nn.functional.interpolate(maps[2], size=(5, 7), mode="bilinear")
-    joint = maps[0] / 4 + maps[1] / 4 + coarse / 2
-    assert torch.allclose(scored.pred_score, joint.amax(dim=(1, 2, 3)))  # half a per cent of 35 positions is one
-    large = torch.nn.functional.interpolate(joint, size=(40, 56), mode="bilinear")
-    assert torch.allclose(scored.anomaly_map, large, atol=1e-5)
+    maps[2] = torch.nn.functional.interpolate(maps[2], size=(5, 7), mode="bilinear")
+    joint = scipy.stats.gmean(torch.stack(maps).numpy(), weights=model.weights.view(3, 1, 1, 1, 1).numpy())
+    # half a per cent of 35 positions is one
+    assert scored.pred_score.tolist() == pytest.approx(joint.max(axis=(1, 2, 3)).tolist(), rel=1e-5)
+    large = torch.nn.functional.interpolate(torch.from_numpy(joint), size=(40, 56), mode="bilinear")
+    assert torch.allclose(scored.anomaly_map, large, rtol=1e-4)
+
+
+def test_shares_count_dimensions_by_what_they_say():
+    factors = [torch.tensor([0.5, 0.25, 0]), torch.tensor([1.0, 0.25])]
+    assert shares(factors).flatten().tolist() == pytest.approx([0.75 / 2, 1.25 / 2])
+
+
+def test_a_layer_without_any_distance_makes_the_product_zero():
+    weights = torch.tensor([0.25, 0.75]).view(1, 2, 1, 1)
+    product = geometric_mean(torch.tensor([0.0, 2.0]).view(1, 2, 1, 1), weights)
+    assert product.item() == 0
+    assert geometric_mean(torch.full((1, 2, 1, 1), 3.0), weights).item() == pytest.approx(3)
 
 
 def test_a_position_is_judged_by_what_is_usual_there():

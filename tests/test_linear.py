@@ -55,7 +55,7 @@ def test_images_are_read_a_few_times_and_not_an_epoch_longer(mvtec_root, tmp_pat
         TrainingData, "compute", lambda self, images: (passed.append(len(images)), compute(self, images))[1]
     )
     fit(mvtec_root, tmp_path)
-    assert sum(passed) == 10 + 128 + 4 * 10  # all once, those with defects, and each in its four symmetries
+    assert sum(passed) == 10 + 256 + 4 * 10  # all once, those with defects, and each in its four symmetries
 
 
 def test_another_seed_draws_other_defects(whole, mvtec_root, tmp_path):

@@ -215,11 +215,14 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
     file = options.output / "results.csv"
     (options.output / "kept").mkdir(parents=True, exist_ok=True)
     lines = read(file, KEY + MEASURED)
+    cells = cells_of(options)
     if options.retry_failed:
-        lines = lines[lines["failed"] == ""]
+        asked = {tuple(cell.values()) for cell in cells}
+        again = [key in asked for key in lines[KEY].itertuples(index=False, name=None)]
+        lines = lines[(lines["failed"] == "") | ~np.array(again, dtype=bool)]
         lines.to_csv(file, index=False)
     done = set(lines[KEY].itertuples(index=False, name=None))
-    cells = [cell for cell in cells_of(options) if tuple(cell.values()) not in done]
+    cells = [cell for cell in cells if tuple(cell.values()) not in done]
     print(f"{hardware()}\n{len(done)} cells are done, {len(cells)} to do", flush=True)
     for number, cell in enumerate(cells, start=1):
         print(f"[{number}/{len(cells)}] {cell['model']} on {cell['category']}, seed {cell['seed']} ...", flush=True)
@@ -304,9 +307,12 @@ def main(arguments: list[str] | None = None) -> None:
     (options.output / "table.md").write_text(text)
     trade_off(lines, latency, options.output / "trade_off.png")
     for category in lines["category"].unique():
-        rows = lines[(lines["category"] == category) & (lines["failed"] == "")].to_dict("records")
-        files = {row["model"]: kept(options.output, row).with_suffix(".npz") for row in rows}
-        contact_sheet({m: f for m, f in files.items() if f.exists()}, options.output / f"maps_{category}.png")
+        rows = lines.loc[(lines["category"] == category) & (lines["failed"] == ""), NETWORK].drop_duplicates()
+        several = rows["model"].duplicated(keep=False)  # one model in several ways
+        names = rows["model"].where(~several, rows["model"] + " " + rows["deviations"])
+        files = [kept(options.output, row).with_suffix(".npz") for row in rows.to_dict("records")]
+        shown = {name: file for name, file in zip(names, files, strict=True) if file.exists()}
+        contact_sheet(shown, options.output / f"maps_{category}.png")
     print(text)
 
 

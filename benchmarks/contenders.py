@@ -151,20 +151,22 @@ def contender(row: str, seed: int, options: Namespace) -> Contender:
     given = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
     closed_form = name == "Cse" and given.get("embedder") != "network"
     model = Contender(name, {}, epochs=1 if closed_form else EPOCHS.get(name))
-    backbone = Path(options.backbone).name if options.backbone else ""
+    wanted = given.get("backbone", options.backbone)  # what a row asks for goes before what all are to have
+    backbone = Path(wanted).name if wanted else ""
+    textures = given.get("dtd_dir", options.dtd_dir)
+    if textures and (name in OURS or name == "Draem"):
+        model.arguments["dtd_dir"] = textures
+        model.deviations.append(f"textures of {Path(textures).name}")
     if name in OURS:
-        model.arguments = {"seed": seed}
-        if options.dtd_dir:
-            model.arguments["dtd_dir"] = options.dtd_dir
-            model.deviations.append(f"textures of {Path(options.dtd_dir).name}")
+        model.arguments["seed"] = seed
         if backbone:
-            model.arguments["backbone"] = options.backbone
+            model.arguments["backbone"] = wanted
             model.deviations.append(backbone)
     elif name in STRIDES and backbone:
-        model.arguments, model.backbone = {"backbone": options.backbone}, options.backbone
+        model.arguments, model.backbone = {"backbone": wanted}, wanted
         layers = "" if "layers" in given else ", layers of the default's strides"
         model.deviations.append(f"{backbone} with its normalisation{layers}")
-        if name == "Padim":
+        if name == "Padim" and "n_features" not in given:
             model.arguments["n_features"] = PADIM_FEATURES
             model.deviations.append(f"{PADIM_FEATURES} features")
     elif name in RANDOM_WEIGHTS and options.offline:
@@ -174,9 +176,7 @@ def contender(row: str, seed: int, options: Namespace) -> Contender:
         model.unavailable = NEEDS_HUB[name]
     if name == "Draem":
         model.deviations.append(f"batches of {BATCH_SIZES[name]}, its paper's number")
-    if name == "Draem" and options.dtd_dir:
-        model.arguments["dtd_dir"] = options.dtd_dir
-    elif name == "Draem" and options.offline:
+    if name == "Draem" and options.offline and not textures:
         model.unavailable = "its textures are a download: give --dtd-dir"
     if options.epochs and (model.epochs is None or options.epochs < model.epochs):
         model.deviations.append(f"{options.epochs} epochs instead of {model.epochs or f'{EFFICIENT_AD_STEPS} steps'}")

@@ -78,6 +78,11 @@ def test_every_cell_runs_once_and_a_failed_one_stops_nothing(
     assert [row[1] for row in ran] == [ROWS[1]]  # what cannot run is not tried
     assert len(pd.read_csv(output / "results.csv")) == len(ROWS)
 
+    ran.clear()
+    compare.main([*arguments, "--retry-failed", "--models", ROWS[0]])
+    assert ran == []
+    assert len(pd.read_csv(output / "results.csv")) == len(ROWS)  # failures that were not asked about are kept
+
 
 def test_a_process_that_dies_is_a_result(compare):
     common = importlib.import_module("common")
@@ -119,6 +124,25 @@ def test_peers_get_the_backbone_its_normalisation_and_layers_of_their_strides(co
     chosen = contenders.contender("Patchcore layers=[blocks.2]", 0, options)
     assert chosen.build().model.layers == ["blocks.2"]
     assert "layers" not in " ".join(chosen.deviations)
+
+
+def test_what_a_row_asks_for_is_no_deviation(compare, mvtec_root, texture_folder):
+    contenders = importlib.import_module("contenders")
+    options = ["--root", str(mvtec_root), "--categories", "tiny", "--backbone", "resnet18", "--dtd-dir"]
+    options = compare.parse([*options, str(texture_folder)])
+    textures = f"textures of {texture_folder.name}"
+    expected = {
+        "Padim": ["resnet18 with its normalisation, layers of the default's strides", "100 features"],
+        "Padim n_features=50": ["resnet18 with its normalisation, layers of the default's strides"],
+        "Padim backbone=resnet34": ["resnet34 with its normalisation, layers of the default's strides", "100 features"],
+        "Cse": [textures, "resnet18"],
+        "Cse dtd_dir=builtin backbone=resnet34": ["textures of builtin", "resnet34"],
+        "Draem": [textures, "batches of 8, its paper's number"],
+    }
+    for row, deviations in expected.items():
+        model = contenders.contender(row, 0, options)
+        assert model.deviations == deviations
+        assert model.backbone in (None, model.arguments.get("backbone"))
 
 
 @pytest.mark.parametrize("row", ["Nothing", "Cse decoder"])

@@ -95,7 +95,7 @@ class GaussianMap(nn.Module):
     coordinates whose length is the distance; ``scale`` ``(h, w)`` makes 1 of its mean over defect-free images.
 
     Args:
-        channels: C, of all layers together.
+        channels: C, of the layer.
         dim: D, at most; fewer than that if C is smaller.
         grid: Height and width h, w of the map.
         cell: Positions to a cell along each axis.

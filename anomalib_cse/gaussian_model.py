@@ -33,14 +33,15 @@ def mean_of_top(maps: Tensor, share: float) -> Tensor:
 def geometric_mean(maps: Tensor, weights: Tensor) -> Tensor:
     """The weighted geometric mean ``(B, 1, H, W)`` of maps ``(B, L, H, W)``, with weights ``(1, L, 1, 1)`` of sum 1.
 
-    If layers weigh as their dimensions D, its logarithm is, but for constants, the negative log-likelihood of Gaussians
-    of unknown scale: with the likeliest scale of each, that is ``D log distance``.
+    If layers weigh as their dimensions D, its logarithm is proportional, at a position and but for what does not depend
+    on the image, to the negative log-likelihood of independent Gaussians of unknown scale: with the likeliest scale of
+    each, that is the sum of ``D log distance``.
     """
     return (maps**weights).prod(dim=1, keepdim=True)
 
 
-def shares(factors: Sequence[Tensor]) -> Tensor:
-    """The layers' weights ``(1, L, 1, 1)``: how many dimensions each one has, counted by what they say ``(D,)``."""
+def layer_weights(factors: Sequence[Tensor]) -> Tensor:
+    """Weights ``(1, L, 1, 1)`` of sum 1: each layer's number of dimensions, counted by what they say ``(D,)``."""
     dimensions = torch.stack([f.sum() for f in factors])
     return (dimensions / dimensions.sum()).view(1, -1, 1, 1)
 
@@ -48,7 +49,8 @@ def shares(factors: Sequence[Tensor]) -> Tensor:
 class GaussianModel(nn.Module):
     """Scores images by distances from Gaussians of defect-free features, a map to a layer; needs no Trainer.
 
-    ``forward`` changes nothing; what it uses is in ``state_dict``.
+    ``forward`` changes nothing; what it uses is in ``state_dict``: the backbone, the maps and ``layer_weights``, which
+    are NaN until they are fitted.
 
     Args:
         backbone, layers, pre_trained, weights: See :class:`~anomalib_cse.backbone.FrozenBackbone`. Layers of a stride
@@ -60,7 +62,7 @@ class GaussianModel(nn.Module):
         ValueError: If an argument is outside its range.
     """
 
-    weights: Tensor
+    layer_weights: Tensor
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class GaussianModel(nn.Module):
         check_number("embedding_dim", embedding_dim, "[1, inf)", whole=True)
         self.backbone = FrozenBackbone(backbone, layers, pre_trained, weights)
         self.embedding_dim = embedding_dim
-        self.register_buffer("weights", torch.full((1, len(self.backbone.levels), 1, 1), torch.nan))
+        self.register_buffer("layer_weights", torch.full((1, len(self.backbone.levels), 1, 1), torch.nan))
         self.lay_out(image_size)
 
     @property
@@ -93,27 +95,27 @@ class GaussianModel(nn.Module):
         check_size(what, image_size, self.backbone.stride, ", the stride of the coarsest layer")
         self.image_size = tuple(image_size)
         with torch.no_grad():
-            features = self.backbone(torch.zeros(1, 3, *image_size, device=self.weights.device))
+            features = self.backbone(torch.zeros(1, 3, *image_size, device=self.layer_weights.device))
             grids = [(f.shape[2], f.shape[3]) for f in self.smoothed(features)]
         self.maps = nn.ModuleList(
             GaussianMap(channels, self.embedding_dim, grid, CELL if stride == FINEST else 1)
             for channels, grid, stride in zip(self.backbone.channels, grids, self.strides, strict=True)
-        ).to(self.weights.device)
+        ).to(self.layer_weights.device)
 
     @property
     def fitted(self) -> bool:
         """Whether the maps have been fitted."""
-        return is_fitted(*self.scales)
+        return is_fitted(*self.fitted_last)
 
     @property
-    def scales(self) -> list[Tensor]:
-        """Those of the maps, which are fitted last."""
-        return [gaussian.scale for gaussian in self.maps]  # type: ignore[misc]
+    def fitted_last(self) -> list[Tensor]:
+        """The layers' weights and the maps' scales."""
+        return [self.layer_weights, *(gaussian.scale for gaussian in self.maps)]  # type: ignore[list-item]
 
     def forget(self) -> None:
         """Be without maps, as before training."""
-        for scale in self.scales:
-            scale.fill_(torch.nan)
+        for part in self.fitted_last:
+            part.fill_(torch.nan)
 
     def smoothed(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The backbone's features, a ``(B, C, h, w)`` to a layer, as the maps have them."""
@@ -123,7 +125,7 @@ class GaussianModel(nn.Module):
     def distances(self, features: Sequence[Tensor]) -> Tensor:
         """The geometric mean of all maps ``(B, 1, h, w)``, at the size of the finest, of the backbone's features."""
         maps = [gaussian(f) for gaussian, f in zip(self.maps, self.smoothed(features), strict=True)]
-        return geometric_mean(fuse(maps), self.weights)
+        return geometric_mean(fuse(maps), self.layer_weights)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images.
@@ -143,7 +145,7 @@ class GaussianModel(nn.Module):
             if tuple(images.shape[-2:]) != self.image_size:
                 msg = f"images must be {self.image_size} pixels high and wide, got {tuple(images.shape[-2:])}"
                 raise ValueError(msg)
-            check_fitted(*self.scales)
+            check_fitted(*self.fitted_last)
         features = self.backbone(images)
         if torch.compiler.is_compiling():
             joint = self.distances(features)
@@ -159,7 +161,7 @@ def fit(
     corrupted: Iterable[tuple[list[Tensor], Tensor]],
     turned: Iterable[list[Tensor]],
 ) -> None:
-    """Fit a model's maps.
+    """Fit a model's maps and the weights of its layers.
 
     Args:
         model: The model.
@@ -172,7 +174,8 @@ def fit(
         ValueError: If features are not finite, if no corrupted image has a defect, or if none stands out in a layer.
     """
     with torch.no_grad():
-        device = model.weights.device
+        device = model.layer_weights.device
+        model.forget()  # so that what fails half-way is not taken for fitted
         channels = model.backbone.channels
         background, defects = ([Moments(c, device=device) for c in channels] for _ in range(2))
         images = 0
@@ -202,7 +205,6 @@ def fit(
                     "or give other kinds of defects or textures (defects, dtd_dir)"
                 )
                 raise ValueError(msg)
-        model.weights.copy_(shares(factors))
         embedded = [Moments(m.roots.shape[-1], m.cells, device) for m in maps]
         for features in clean():
             for m, moments, f in zip(maps, embedded, model.smoothed(features), strict=True):
@@ -216,5 +218,6 @@ def fit(
             count += len(features[0])
             for m, total, f in zip(maps, totals, model.smoothed(features), strict=True):
                 total += m.distances(f).sum(dim=(0, 1))
+        model.layer_weights.copy_(layer_weights(factors))
         for m, total in zip(maps, totals, strict=True):
             m.scale.copy_(count / total.clamp(min=torch.finfo(total.dtype).eps * count))  # images may be all alike

@@ -55,8 +55,20 @@ def compress_weights(model: "Model") -> "Model":
     return nncf.compress_weights(model, ignored_scope=resizing())
 
 
+def after_convolutions(model: "Model") -> list[str]:
+    """The operations that no convolution depends on: distances and what is made of them."""
+    operations = model.get_ordered_ops()
+    needed = {op.get_friendly_name() for op in operations if op.get_type_name() in CONVOLUTIONS}
+    for op in reversed(operations):
+        if op.get_friendly_name() in needed:
+            needed |= {value.get_node().get_friendly_name() for value in op.input_values()}
+    return [op.get_friendly_name() for op in operations if op.get_friendly_name() not in needed]
+
+
 def quantize(model: "Model", datamodule: AnomalibDataModule) -> "Model":
-    """NNCF's post-training quantisation of all but the resizing.
+    """NNCF's post-training quantisation of all but the resizing and the distances.
+
+    Squares of distances have a range that 8 bits do not: clean ones would become 0.
 
     Args:
         model: What is to be quantised.
@@ -66,4 +78,5 @@ def quantize(model: "Model", datamodule: AnomalibDataModule) -> "Model":
 
     datamodule.setup("fit")
     images = nncf.Dataset(with_named_files(datamodule.val_dataloader()), lambda batch: batch.image.numpy())
-    return nncf.quantize(model, images, ignored_scope=resizing())
+    scope = nncf.IgnoredScope(types=["MatMul"], names=after_convolutions(model), validate=False)
+    return nncf.quantize(model, images, ignored_scope=scope)

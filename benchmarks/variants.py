@@ -60,7 +60,7 @@ def arithmetic_mean(maps: Tensor, weights: Tensor) -> Tensor:
 
 
 def alike(factors: Sequence[Tensor]) -> Tensor:
-    """As ``shares``, whatever the layers say."""
+    """As ``layer_weights``, whatever the layers say."""
     return torch.full((1, len(factors), 1, 1), 1 / len(factors))
 
 
@@ -82,7 +82,7 @@ VARIANTS: dict[str, Variant] = {
         f"cells of {n}x{n} positions at stride 8": ("256", {}, {(gaussian_model, "CELL"): n}) for n in (1, 2, 8)
     },
     "arithmetic mean of the maps": ("256", {}, {(gaussian_model, "geometric_mean"): arithmetic_mean}),
-    "every layer counts alike": ("256", {}, {(gaussian_model, "shares"): alike}),
+    "every layer counts alike": ("256", {}, {(gaussian_model, "layer_weights"): alike}),
     "directions: principal components": ("256", {}, {(gaussian, "contrastive_directions"): principal_components}),
     "directions: all alike": ("256", {}, {(gaussian, "evidence"): torch.ones_like}),
     "principal components, all alike": (

@@ -206,8 +206,11 @@ def eight_bits(request, model, folder, mvtec_root):
     return export(model, ExportType.OPENVINO, folder / kind.value, compression_type=kind, datamodule=data)
 
 
-def test_quantisation_leaves_resizing_alone(eight_bits, paths):
-    assert sorted(inputs(eight_bits, "MatMul")) == sorted(inputs(paths[ExportType.OPENVINO], "MatMul"))
+def test_quantisation_leaves_resizing_and_distances_alone(eight_bits, paths):
+    for operation in ("MatMul", "Sqrt", "Power", "ReduceProd"):  # squares in 8 bits would make a product of layers 0
+        expected = inputs(paths[ExportType.OPENVINO], operation)
+        assert expected
+        assert sorted(inputs(eight_bits, operation)) == sorted(expected)
     assert all(weights != "Constant" for _, weights in inputs(eight_bits, "Convolution"))
     compiled = openvino.Core().compile_model(eight_bits, "CPU")  # it refuses quantised products of constants
     assert np.isfinite(compiled(np.zeros((1, 3, 64, 64), np.float32))["pred_score"]).all()

@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.distance import mahalanobis
 
 from anomalib_cse.gaussian import PRIOR, RIDGE, GaussianMap, Moments, contrastive_directions, evidence, inverse_root
-from anomalib_cse.gaussian_model import GaussianModel, fit, geometric_mean, mean_of_top, shares, smooth
+from anomalib_cse.gaussian_model import GaussianModel, fit, geometric_mean, layer_weights, mean_of_top, smooth
 
 TINY_BACKBONE = {"backbone": "test_efficientnet", "pre_trained": False}
 
@@ -146,7 +146,7 @@ def test_fit_equals_statistics_of_all_images_at_once():
         expected = distances / distances[:3].mean(axis=0)
         assert np.allclose(gaussian(features)[:, 0], expected, rtol=5e-3)
         telling.append(factors.sum())
-    assert np.allclose(model.weights.flatten(), np.array(telling) / sum(telling), rtol=1e-3)
+    assert np.allclose(model.layer_weights.flatten(), np.array(telling) / sum(telling), rtol=1e-3)
 
 
 def test_the_map_is_one_on_average_where_it_was_measured():
@@ -162,17 +162,18 @@ def test_layers_are_multiplied_each_as_often_as_it_has_dimensions_that_say_somet
         scored = model(clean)
         maps = [g(f) for g, f in zip(model.maps, model.smoothed(model.backbone(clean)), strict=True)]
     assert [m.shape[-2:] for m in maps] == [(5, 7), (5, 7), (3, 4)]
+    assert [gaussian.cell for gaussian in model.maps] == [4, 4, 1]
     maps[2] = torch.nn.functional.interpolate(maps[2], size=(5, 7), mode="bilinear")
-    joint = scipy.stats.gmean(torch.stack(maps).numpy(), weights=model.weights.view(3, 1, 1, 1, 1).numpy())
+    joint = scipy.stats.gmean(torch.stack(maps).numpy(), weights=model.layer_weights.view(3, 1, 1, 1, 1).numpy())
     # half a per cent of 35 positions is one
     assert scored.pred_score.tolist() == pytest.approx(joint.max(axis=(1, 2, 3)).tolist(), rel=1e-5)
     large = torch.nn.functional.interpolate(torch.from_numpy(joint), size=(40, 56), mode="bilinear")
     assert torch.allclose(scored.anomaly_map, large, rtol=1e-4)
 
 
-def test_shares_count_dimensions_by_what_they_say():
+def test_layers_count_dimensions_by_what_they_say():
     factors = [torch.tensor([0.5, 0.25, 0]), torch.tensor([1.0, 0.25])]
-    assert shares(factors).flatten().tolist() == pytest.approx([0.75 / 2, 1.25 / 2])
+    assert layer_weights(factors).flatten().tolist() == pytest.approx([0.75 / 2, 1.25 / 2])
 
 
 def test_a_layer_without_any_distance_makes_the_product_zero():
@@ -232,9 +233,18 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match="no synthetic defect stands out from clean images in layer 1"):
         fit(model, lambda: [features], [(features, torch.ones(1, 64, 64))], [features])
     fitted_model, clean, *_ = fitted()
-    fitted_model.forget()
+    fitted_model.layer_weights.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="the model is not fitted"):
         fitted_model(clean)
+
+
+def test_what_fails_half_way_is_not_taken_for_fitted():
+    model, clean, *_ = fitted()
+    with torch.no_grad():
+        features = model.backbone(clean)
+    with pytest.raises(ValueError, match="no synthetic defect stands out"):
+        fit(model, lambda: [features], [(features, torch.ones(len(clean), *model.image_size))], [features])
+    assert not model.fitted
 
 
 def test_weights_and_state_that_scoring_needs_are_saved():

@@ -14,7 +14,7 @@ from .gaussian import GaussianMap, Moments
 from .torch_model import check_fitted, fuse, is_fitted, pool, upsample
 
 FINEST = 8  # stride of the finest map; finer layers are pooled to it
-CELL = 4  # positions along a side that have a covariance in common at that stride; coarser ones have one each
+CELL = 16  # pixels; positions within a cell have a covariance in common
 SCORED = 0.005  # share of the positions that an image's score is the mean of
 
 
@@ -98,7 +98,7 @@ class GaussianModel(nn.Module):
             features = self.backbone(torch.zeros(1, 3, *image_size, device=self.layer_weights.device))
             grids = [(f.shape[2], f.shape[3]) for f in self.smoothed(features)]
         self.maps = nn.ModuleList(
-            GaussianMap(channels, self.embedding_dim, grid, CELL if stride == FINEST else 1)
+            GaussianMap(channels, self.embedding_dim, grid, max(1, CELL // stride))
             for channels, grid, stride in zip(self.backbone.channels, grids, self.strides, strict=True)
         ).to(self.layer_weights.device)
 

@@ -23,6 +23,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize, Transform
 
 from anomalib_cse import gaussian, gaussian_model
+from anomalib_cse.gaussian import GaussianMap
 from anomalib_cse.gaussian_model import GaussianModel, fit
 from anomalib_cse.lightning_model import CORRUPTED_IMAGES, MIRRORED_IMAGES
 from anomalib_cse.synthesis import AnomalySynthesis
@@ -64,6 +65,13 @@ def alike(factors: Sequence[Tensor]) -> Tensor:
     return torch.full((1, len(factors), 1, 1), 1 / len(factors))
 
 
+class WiderCells(GaussianMap):
+    """With twice as many positions to a side, where there are several."""
+
+    def __init__(self, channels: int, dim: int, grid: tuple[int, int], cell: int) -> None:
+        super().__init__(channels, dim, grid, 2 * cell if cell > 1 else 1)
+
+
 # the view, arguments of the model, and what stands in for a part of a module
 Variant = tuple[str, Mapping[str, Any], Mapping[tuple[Any, str], Any]]
 VARIANTS: dict[str, Variant] = {
@@ -78,9 +86,8 @@ VARIANTS: dict[str, Variant] = {
     "smoothed by 3x3 means": ("256", {}, {(gaussian_model, "smooth"): box}),
     "one covariance for all positions": ("256", {}, {(gaussian, "PRIOR"): float("inf")}),
     **{f"prior of {n} images": ("256", {}, {(gaussian, "PRIOR"): n}) for n in (10, 100, 300)},
-    **{
-        f"cells of {n}x{n} positions at stride 8": ("256", {}, {(gaussian_model, "CELL"): n}) for n in (1, 2, 8)
-    },
+    **{f"covariance for cells of {n} pixels": ("256", {}, {(gaussian_model, "CELL"): n}) for n in (8, 32)},
+    "at stride 8, for cells of 32 pixels": ("256", {}, {(gaussian_model, "GaussianMap"): WiderCells}),
     "arithmetic mean of the maps": ("256", {}, {(gaussian_model, "geometric_mean"): arithmetic_mean}),
     "every layer counts alike": ("256", {}, {(gaussian_model, "layer_weights"): alike}),
     "directions: principal components": ("256", {}, {(gaussian, "contrastive_directions"): principal_components}),

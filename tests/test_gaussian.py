@@ -162,7 +162,7 @@ def test_layers_are_multiplied_each_as_often_as_it_has_dimensions_that_say_somet
         scored = model(clean)
         maps = [g(f) for g, f in zip(model.maps, model.smoothed(model.backbone(clean)), strict=True)]
     assert [m.shape[-2:] for m in maps] == [(5, 7), (5, 7), (3, 4)]
-    assert [gaussian.cell for gaussian in model.maps] == [4, 4, 1]
+    assert [gaussian.cell for gaussian in model.maps] == [2, 2, 1]
     maps[2] = torch.nn.functional.interpolate(maps[2], size=(5, 7), mode="bilinear")
     joint = scipy.stats.gmean(torch.stack(maps).numpy(), weights=model.layer_weights.view(3, 1, 1, 1, 1).numpy())
     # half a per cent of 35 positions is one

@@ -167,7 +167,10 @@ def from_timm(architecture: str, **options: Any) -> Any:
     try:
         return timm.create_model(architecture, **options)
     except OSError as error:  # what huggingface_hub raises for a file that it can neither find nor fetch
-        msg = f"backbone={architecture!r} could not be fetched from the hub.\n{WAYS_OFFLINE}"
+        msg = (
+            f"backbone={architecture!r} could not be fetched from the hub.\n{WAYS_OFFLINE}\n"
+            "If a checkpoint is given, it may be of another backbone: repeat --model.backbone as it was trained with"
+        )
         raise ConnectionError(msg) from error
 
 

@@ -80,11 +80,6 @@ class GaussianModel(nn.Module):
         self.register_buffer("layer_weights", torch.full((1, len(self.backbone.levels), 1, 1), torch.nan))
         self.lay_out(image_size)
 
-    @property
-    def strides(self) -> list[int]:
-        """Those of the maps."""
-        return [max(FINEST, stride) for stride in self.backbone.strides]
-
     def lay_out(self, image_size: tuple[int, int]) -> None:
         """Have maps, to be fitted, for images of that height and width.
 
@@ -98,8 +93,8 @@ class GaussianModel(nn.Module):
             features = self.backbone(torch.zeros(1, 3, *image_size, device=self.layer_weights.device))
             grids = [(f.shape[2], f.shape[3]) for f in self.smoothed(features)]
         self.maps = nn.ModuleList(
-            GaussianMap(channels, self.embedding_dim, grid, max(1, CELL // stride))
-            for channels, grid, stride in zip(self.backbone.channels, grids, self.strides, strict=True)
+            GaussianMap(channels, self.embedding_dim, grid, max(1, CELL // max(FINEST, stride)))
+            for channels, grid, stride in zip(self.backbone.channels, grids, self.backbone.strides, strict=True)
         ).to(self.layer_weights.device)
 
     @property

@@ -685,7 +685,8 @@ class Cse(AnomalibModule):
     ) -> Path:
         """As anomalib exports, but scores do not depend on the precision that a processor prefers.
 
-        To compress the model is to accept rounding of the network, so then only the pre-processing stays as it is.
+        To compress the model is to accept rounding of the network: the pre-processing stays as it is, with INT8_PTQ
+        what comes after the backbone too.
 
         Raises:
             ValueError: If that cannot be had of a compression, or it lacks its images.

@@ -1,5 +1,6 @@
 """Telling OpenVINO, in the exported file itself, what it must not round, and NNCF what it must not quantise."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -41,18 +42,18 @@ def keep_single_precision(path: Path, *, only_before_convolution: bool = False) 
     tree.write(path, xml_declaration=True, encoding="utf-8")
 
 
-def resizing() -> "IgnoredScope":
-    """The matrix products, which resize images: what NNCF is to leave alone, in models that have any."""
+def left_alone(operations: Sequence[str] = ()) -> "IgnoredScope":
+    """What NNCF is not to round: matrix products, which resize images or lead to distances, and what is named."""
     import nncf
 
-    return nncf.IgnoredScope(types=["MatMul"], validate=False)
+    return nncf.IgnoredScope(types=["MatMul"], names=list(operations), validate=False)
 
 
 def compress_weights(model: "Model") -> "Model":
-    """NNCF's 8-bit weights for all but the resizing, whose matrices are no weights."""
+    """NNCF's 8-bit weights for all but matrix products, whose matrices are no weights of the backbone."""
     import nncf
 
-    return nncf.compress_weights(model, ignored_scope=resizing())
+    return nncf.compress_weights(model, ignored_scope=left_alone())
 
 
 def after_convolutions(model: "Model") -> list[str]:
@@ -78,5 +79,4 @@ def quantize(model: "Model", datamodule: AnomalibDataModule) -> "Model":
 
     datamodule.setup("fit")
     images = nncf.Dataset(with_named_files(datamodule.val_dataloader()), lambda batch: batch.image.numpy())
-    scope = nncf.IgnoredScope(types=["MatMul"], names=after_convolutions(model), validate=False)
-    return nncf.quantize(model, images, ignored_scope=scope)
+    return nncf.quantize(model, images, ignored_scope=left_alone(after_convolutions(model)))

@@ -29,7 +29,7 @@ from torchvision.transforms.v2.functional import resize
 
 from common import exported_size, hardware, in_child, peak_memory
 from contenders import ABLATIONS, BATCH_SIZE, EFFICIENT_AD_STEPS, EPOCHS, PAPER, contender
-from report import contact_sheet, not_run, table, trade_off
+from report import contact_sheet, not_run, row_labels, table, trade_off
 
 KEY = ["model", "category", "seed", "deviations"]
 NETWORK = ["model", "category", "deviations"]  # has a latency
@@ -217,9 +217,8 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
     lines = read(file, KEY + MEASURED)
     cells = cells_of(options)
     if options.retry_failed:
-        asked = {tuple(cell.values()) for cell in cells}
-        again = [key in asked for key in lines[KEY].itertuples(index=False, name=None)]
-        lines = lines[(lines["failed"] == "") | ~np.array(again, dtype=bool)]
+        asked = pd.MultiIndex.from_frame(lines[KEY]).isin([tuple(cell.values()) for cell in cells])
+        lines = lines[(lines["failed"] == "") | ~asked]
         lines.to_csv(file, index=False)
     done = set(lines[KEY].itertuples(index=False, name=None))
     cells = [cell for cell in cells if tuple(cell.values()) not in done]
@@ -308,10 +307,8 @@ def main(arguments: list[str] | None = None) -> None:
     trade_off(lines, latency, options.output / "trade_off.png")
     for category in lines["category"].unique():
         rows = lines.loc[(lines["category"] == category) & (lines["failed"] == ""), NETWORK].drop_duplicates()
-        several = rows["model"].duplicated(keep=False)  # one model in several ways
-        names = rows["model"].where(~several, rows["model"] + " " + rows["deviations"])
         files = [kept(options.output, row).with_suffix(".npz") for row in rows.to_dict("records")]
-        shown = {name: file for name, file in zip(names, files, strict=True) if file.exists()}
+        shown = {name: file for name, file in zip(row_labels(rows), files, strict=True) if file.exists()}
         contact_sheet(shown, options.output / f"maps_{category}.png")
     print(text)
 

@@ -176,8 +176,8 @@ def contender(row: str, seed: int, options: Namespace) -> Contender:
         model.unavailable = NEEDS_HUB[name]
     if name == "Draem":
         model.deviations.append(f"batches of {BATCH_SIZES[name]}, its paper's number")
-    if name == "Draem" and options.offline and not textures:
-        model.unavailable = "its textures are a download: give --dtd-dir"
+        if options.offline and not textures:
+            model.unavailable = "its textures are a download: give --dtd-dir"
     if options.epochs and (model.epochs is None or options.epochs < model.epochs):
         model.deviations.append(f"{options.epochs} epochs instead of {model.epochs or f'{EFFICIENT_AD_STEPS} steps'}")
         model.epochs = options.epochs

@@ -59,6 +59,12 @@ def not_run(lines: pd.DataFrame) -> str:
     return f"{markdown(rows)}\n\n" if rows else ""
 
 
+def row_labels(rows: pd.DataFrame) -> list[str]:
+    """What to call each row: its model, with its deviations if a model is there in several ways."""
+    several = rows["model"].duplicated().any()
+    return (rows["model"] + ": " + rows["deviations"] if several else rows["model"]).tolist()
+
+
 def trade_off(lines: pd.DataFrame, latency: pd.DataFrame, file: Path) -> None:
     """Image AUROC, with its spread over the seeds, against milliseconds per image."""
     scores = lines[lines["failed"] == ""].groupby(ROW, sort=False)["image_AUROC"].agg(["mean", "std"]).reset_index()
@@ -66,8 +72,6 @@ def trade_off(lines: pd.DataFrame, latency: pd.DataFrame, file: Path) -> None:
     if points.empty:
         return
     categories, models = points["category"].unique(), points[["model", "deviations"]].drop_duplicates()
-    models = list(models.itertuples(index=False, name=None))
-    several = len(dict(models)) < len(models)  # one model in several ways
     figure, axes = plt.subplots(
         1,
         len(categories),
@@ -79,7 +83,9 @@ def trade_off(lines: pd.DataFrame, latency: pd.DataFrame, file: Path) -> None:
     )
     digits = "2357" if points["ms"].max() < 20 * points["ms"].min() else "25"  # as many as there is room for
     for axis, category in zip(axes[0], categories, strict=True):
-        for number, (model, deviations) in enumerate(models):
+        for number, (label, model, deviations) in enumerate(
+            zip(row_labels(models), models["model"], models["deviations"], strict=True)
+        ):
             of_model = (points["model"] == model) & (points["deviations"] == deviations)
             found = points[of_model & (points["category"] == category)]
             axis.errorbar(
@@ -90,7 +96,7 @@ def trade_off(lines: pd.DataFrame, latency: pd.DataFrame, file: Path) -> None:
                 color=plt.get_cmap("tab10")(number % 10),
                 markersize=9 if model == "Cse" else 7,
                 capsize=3,
-                label=f"{model}: {deviations}" if several else model,
+                label=label,
             )
         axis.set(title=category, xlabel="ms per image, eager, on the processor", xscale="log")
         axis.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))

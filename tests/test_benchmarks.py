@@ -1,4 +1,4 @@
-"""The comparison of benchmarks/: what it runs, what it leaves out, and its arithmetic."""
+"""The benchmarks: what the comparison runs, what it leaves out, its arithmetic; what the variants start from."""
 
 import importlib
 import math
@@ -167,3 +167,21 @@ def test_binary_classifier_is_trained_with_the_cross_entropy_of_all_images(compa
 def test_binary_classifier_takes_no_argument_that_it_has_no_use_for(compare):
     with pytest.raises(ValueError, match="num_centres"):
         importlib.import_module("classifier").BinaryClassifier(num_centres=2)
+
+
+def test_variants_start_from_what_ships_and_change_it(compare, mvtec_root, backbone, texture_folder, monkeypatch):
+    variants = importlib.import_module("variants")
+    arguments = ["--root", str(mvtec_root), "--categories", "tiny", "--backbone", backbone]
+    arguments += ["--dtd-dir", str(texture_folder)]
+    for module in (variants, importlib.import_module("anomalib_cse.lightning_model")):
+        monkeypatch.setattr(module, "CORRUPTED_IMAGES", 16)
+    options = compare.parse([*arguments, "--output", str(texture_folder / "output")])
+    shipped = compare.run_cell({"model": "Cse", "category": "tiny", "seed": 0}, options, None)
+    options.seed = 0
+    features = variants.Features(options, "tiny", "256")
+    image, pixel = variants.evaluate(features, options, "as it is")
+    assert image == pytest.approx(shipped["image_AUROC"])
+    assert pixel == pytest.approx(shipped["pixel_AUPRO"], abs=1e-4)
+    replaced = [name for name, (_, _, parts) in variants.VARIANTS.items() if parts and "score" not in name]
+    for name in [*replaced, variants.NOT_SCALED]:
+        assert variants.evaluate(features, options, name)[1] != pixel, name

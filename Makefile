@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress lint types install clean bench-training bench-latency bench-compression bench-compare bench-variants
+.PHONY: demo test stress lint types install clean bench-training bench-latency bench-compression bench-compare bench-variants bench-surfaces
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -53,6 +53,10 @@ bench-compare: install
 # DATA=ROOT ARGS="--categories NAME ...": the closed form with one part changed at a time
 bench-variants: install
 	$(BIN)/python benchmarks/variants.py --root $(DATA) $(ARGS)
+
+# ARGS="--photographs DTD --output ROOT": surfaces for bench-compare that nothing was chosen by
+bench-surfaces: install
+	$(BIN)/python benchmarks/surfaces.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist openvino_cache

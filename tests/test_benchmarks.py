@@ -5,6 +5,8 @@ import math
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pandas as pd
 import pytest
 import timm
@@ -185,3 +187,28 @@ def test_variants_start_from_what_ships_and_change_it(compare, mvtec_root, backb
     replaced = [name for name, (_, _, parts) in variants.VARIANTS.items() if parts and "score" not in name]
     for name in [*replaced, variants.NOT_SCALED]:
         assert variants.evaluate(features, options, name)[1] != pixel, name
+
+
+def test_surfaces_are_the_first_photographs_that_are_large_enough(compare, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    kinds = {"a": {"1": (470, 600), "2": (480, 600), "3": (600, 600)}, "b": {"1": (530, 520)}, "c": {"1": (300, 300)}}
+    for kind, shapes in kinds.items():
+        (tmp_path / "photographs" / kind).mkdir(parents=True)
+        for name, shape in shapes.items():
+            image = rng.integers(0, 256, shape, dtype=np.uint8)
+            cv2.imwrite(str(tmp_path / "photographs" / kind / f"{name}.jpg"), image)
+    surfaces = importlib.import_module("surfaces")
+    arguments = ["--photographs", str(tmp_path / "photographs"), "--output", str(tmp_path / "output")]
+    monkeypatch.setattr("sys.argv", ["surfaces.py", *arguments])
+    surfaces.main()
+    assert capsys.readouterr().out.split() == ["a:", "2.jpg", "b:", "1.jpg"]
+    textures = {str(p.relative_to(tmp_path / "output")) for p in (tmp_path / "output" / "textures").rglob("*.jpg")}
+    assert textures == {"textures/a/1.jpg", "textures/a/3.jpg", "textures/c/1.jpg"}
+    whole = cv2.imread(str(tmp_path / "photographs" / "b" / "1.jpg"), cv2.IMREAD_GRAYSCALE)[9:521, 4:516]
+    for split, rows in (("train", whole[:320]), ("test", whole[320:])):
+        for file in (tmp_path / "output" / "b" / split / "good").iterdir():
+            image = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+            assert cv2.matchTemplate(rows, image, cv2.TM_SQDIFF_NORMED).min() < 1e-4
+    with pytest.raises(SystemExit):
+        surfaces.main()
+    assert f"{tmp_path / 'output'} exists" in capsys.readouterr().err

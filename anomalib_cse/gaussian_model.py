@@ -15,6 +15,7 @@ from .torch_model import check_fitted, fuse, is_fitted, pool, upsample
 
 FINEST = 8  # stride of the finest map; finer layers are pooled to it
 CELL = 16  # pixels; positions within a cell have a covariance in common
+ROUNDING = 1e-12  # share of a second moment that is no variance
 SCORED = 0.005  # share of the positions that an image's score is the mean of
 
 
@@ -118,8 +119,8 @@ class GaussianModel(nn.Module):
         return [smooth(pool(f, factor)) for f, factor in zip(features, factors, strict=True)]
 
     def distances(self, features: Sequence[Tensor]) -> Tensor:
-        """The geometric mean of all maps ``(B, 1, h, w)``, at the size of the finest, of the backbone's features."""
-        maps = [gaussian(f) for gaussian, f in zip(self.maps, self.smoothed(features), strict=True)]
+        """The geometric mean of all maps ``(B, 1, h, w)``, at the size of the finest, of smoothed features."""
+        maps = [gaussian(f) for gaussian, f in zip(self.maps, features, strict=True)]
         return geometric_mean(fuse(maps), self.layer_weights)
 
     def forward(self, images: Tensor) -> InferenceBatch:
@@ -143,10 +144,10 @@ class GaussianModel(nn.Module):
             check_fitted(*self.fitted_last)
         features = self.backbone(images)
         if torch.compiler.is_compiling():
-            joint = self.distances(features)
+            joint = self.distances(self.smoothed(features))
         else:  # squares of distances leave the range of 16 bits
             with torch.autocast(images.device.type, enabled=False):
-                joint = self.distances([f.float() for f in features])
+                joint = self.distances(self.smoothed([f.float() for f in features]))
         return InferenceBatch(pred_score=mean_of_top(joint, SCORED), anomaly_map=upsample(joint, images.shape[-2:]))
 
 
@@ -160,13 +161,14 @@ def fit(
 
     Args:
         model: The model.
-        clean: Gives the backbone's features of all defect-free images, batch by batch; called twice.
+        clean: Gives smoothed features of all defect-free images, batch by batch; called twice.
         corrupted: Features of images with synthetic defects and the defects' masks ``(B, H, W)``.
         turned: Features of defect-free images, turned and mirrored, so that what the images show evens out and what
             is left of a position's mean distance is the backbone's own: its padding, at the border.
 
     Raises:
-        ValueError: If features are not finite, if no corrupted image has a defect, or if none stands out in a layer.
+        ValueError: If features are not finite or all alike, if no corrupted image has a defect, or if none stands out
+            in a layer.
     """
     with torch.no_grad():
         device = model.layer_weights.device
@@ -176,10 +178,10 @@ def fit(
         images = 0
         for features in clean():
             images += len(features[0])
-            for moments, f in zip(background, model.smoothed(features), strict=True):
+            for moments, f in zip(background, features, strict=True):
                 moments.add(f.movedim(1, -1).flatten(0, 2))
         for features, masks in corrupted:
-            for moments, f in zip(defects, model.smoothed(features), strict=True):
+            for moments, f in zip(defects, features, strict=True):
                 cover = F.adaptive_avg_pool2d(masks[:, None].float(), (f.shape[2], f.shape[3]))
                 moments.add(f.movedim(1, -1).flatten(0, 2), cover.flatten())
         if not all(moments.second.isfinite().all() for moments in (*background, *defects)):
@@ -191,6 +193,13 @@ def fit(
         if not all(moments.weight > 0 for moments in defects):
             msg = "no synthetic defects to select the embedding by: their masks are empty"
             raise ValueError(msg)
+        for level, moments in zip(model.backbone.levels, background, strict=True):
+            power, variance = (
+                moments.about(c).diagonal().sum() for c in (torch.zeros_like(moments.mean), moments.mean)
+            )
+            if variance <= ROUNDING * power:
+                msg = f"features of the training images are all alike in layer {level}: give more or larger images"
+                raise ValueError(msg)
         maps: list[GaussianMap] = list(model.maps)  # type: ignore[arg-type]
         factors = [m.fit_directions(*moments) for m, *moments in zip(maps, background, defects, strict=True)]
         for level, factor in zip(model.backbone.levels, factors, strict=True):
@@ -202,7 +211,7 @@ def fit(
                 raise ValueError(msg)
         embedded = [Moments(m.roots.shape[-1], m.cells, device) for m in maps]
         for features in clean():
-            for m, moments, f in zip(maps, embedded, model.smoothed(features), strict=True):
+            for m, moments, f in zip(maps, embedded, features, strict=True):
                 embedding = m.embed(f)
                 moments.add(m.in_cells(embedding), m.in_cells(torch.ones_like(embedding[:, :1]))[..., 0])
         for m, moments, factor in zip(maps, embedded, factors, strict=True):
@@ -211,7 +220,7 @@ def fit(
         count = 0
         for features in turned:
             count += len(features[0])
-            for m, total, f in zip(maps, totals, model.smoothed(features), strict=True):
+            for m, total, f in zip(maps, totals, features, strict=True):
                 total += m.distances(f).sum(dim=(0, 1))
         model.layer_weights.copy_(layer_weights(factors))
         for m, total in zip(maps, totals, strict=True):

@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_EPOCHS = 100  # Section 4.1
 DECODER_EPOCHS = 20  # for decoder="pretrained"; the paper gives no number
 MOST_CLUSTERED = 2**20  # positions for k-means, drawn at random beyond that, so that memory is bounded
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 CORRUPTED_IMAGES = 256  # with synthetic defects, to select the linear embedding by
 MIRRORED_IMAGES = 24  # to measure the border with
 SHAPING = ("embedder", "layers", "embedding_dim", "pool_size", "num_centres", "decoder")  # a checkpoint fits its own
@@ -332,9 +333,13 @@ class Cse(AnomalibModule):
         """Take charge of the training images: pairs and the hold-out cannot be had from shuffled batches.
 
         Raises:
-            ValueError: If there are no training images, or there is to be validation without any data.
+            ValueError: If there are no training images, or there is to be validation without any data, or the trainer's
+                precision is not one of those that keep parameters in 32 bits.
         """
         trainer = self.trainer
+        if trainer.precision not in PRECISIONS:
+            msg = f"precision must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, got {trainer.precision}"
+            raise ValueError(msg)
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())
         self.restore_validation()  # if an earlier fit was broken off
@@ -400,9 +405,10 @@ class Cse(AnomalibModule):
         return self._data.train_dataloader(self._start_epoch) if self.embedder else DataLoader(range(1))  # type: ignore[arg-type]
 
     def extract(self, images: Tensor) -> list[Tensor]:
-        """The backbone's features of training images, in the trainer's ``precision`` and kept in single precision."""
+        """What is kept of training images: features, of the trainer's ``precision``, smoothed for the closed form."""
         with self.trainer.precision_plugin.forward_context():
-            return [f.float() for f in self.model.backbone(images)]
+            features = [f.float() for f in self.model.backbone(images)]
+        return features if self.embedder else self.model.smoothed(features)
 
     @property
     def data(self) -> TrainingData:

@@ -23,6 +23,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize, Transform
 
 from anomalib_cse import gaussian, gaussian_model
+from anomalib_cse.backbone import FrozenBackbone
 from anomalib_cse.gaussian import GaussianMap
 from anomalib_cse.gaussian_model import GaussianModel, fit
 from anomalib_cse.lightning_model import CORRUPTED_IMAGES, MIRRORED_IMAGES
@@ -124,7 +125,7 @@ class Features:
             else builtin_textures(512, 256, generator)
         )
         transform = VIEWS[view]
-        backbone = GaussianModel(options.backbone, LEVELS).backbone
+        backbone = FrozenBackbone(options.backbone, LEVELS)
         data = TrainingData(
             DataLoader(images.train_data, batch_size=8),
             transform,
@@ -153,7 +154,7 @@ def evaluate(features: Features, options: argparse.Namespace, name: str) -> tupl
             stack.enter_context(patch.object(module, part, stand_in))
         model = GaussianModel(options.backbone, **{**SHIPPED, **arguments}, image_size=size)
         chosen = [LEVELS.index(level) for level in model.backbone.levels]
-        only: Callable[[list[Tensor]], list[Tensor]] = lambda layers: [layers[i] for i in chosen]  # noqa: E731
+        only: Callable[[list[Tensor]], list[Tensor]] = lambda layers: model.smoothed([layers[i] for i in chosen])  # noqa: E731
         fit(
             model,
             lambda: map(only, features.clean),

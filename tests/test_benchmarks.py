@@ -204,11 +204,13 @@ def test_surfaces_are_the_first_photographs_that_are_large_enough(compare, tmp_p
     assert capsys.readouterr().out.split() == ["a:", "2.jpg", "b:", "1.jpg"]
     textures = {str(p.relative_to(tmp_path / "output")) for p in (tmp_path / "output" / "textures").rglob("*.jpg")}
     assert textures == {"textures/a/1.jpg", "textures/a/3.jpg", "textures/c/1.jpg"}
-    whole = cv2.imread(str(tmp_path / "photographs" / "b" / "1.jpg"), cv2.IMREAD_GRAYSCALE)[9:521, 4:516]
-    for split, rows in (("train", whole[:320]), ("test", whole[320:])):
-        for file in (tmp_path / "output" / "b" / split / "good").iterdir():
-            image = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
-            assert cv2.matchTemplate(rows, image, cv2.TM_SQDIFF_NORMED).min() < 1e-4
+    cut, small = (cv2.imread(str(tmp_path / "photographs" / kind), 0) for kind in ("b/1.jpg", "a/2.jpg"))
+    enlarged = cv2.resize(small, (640, 512), interpolation=cv2.INTER_CUBIC)
+    for kind, whole in (("b", cut[9:521, 4:516]), ("a", enlarged[:, 64:576])):
+        for split, rows in (("train", whole[:320]), ("test", whole[320:])):
+            for file in (tmp_path / "output" / kind / split / "good").iterdir():
+                image = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+                assert cv2.matchTemplate(rows, image, cv2.TM_SQDIFF_NORMED).min() < 1e-4
     with pytest.raises(SystemExit):
         surfaces.main()
     assert f"{tmp_path / 'output'} exists" in capsys.readouterr().err

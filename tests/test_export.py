@@ -48,7 +48,7 @@ def built(embedder):
         if embedder == "network":
             model.model.set_centres(model.model.embed(images[:2]).mean(dim=(0, 2, 3))[None])
         else:
-            flat, strong = model.model.backbone(images[:2]), model.model.backbone(images[2:])
+            flat, strong = (model.model.smoothed(model.model.backbone(half)) for half in images.chunk(2))
             fit(model.model, lambda: [flat], [(strong, torch.ones(2, *size))], [flat])
         batch = model.model(images)
     for level, values in (("image", batch.pred_score), ("pixel", batch.anomaly_map)):

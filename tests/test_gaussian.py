@@ -107,7 +107,7 @@ def fitted(images=12, **options):
     masks = torch.zeros(4, *model.image_size)
     masks[:, 8:32, 16:40] = 1
     with torch.no_grad():
-        features, defects = model.backbone(clean), model.backbone(corrupted)
+        features, defects = (model.smoothed(model.backbone(images)) for images in (clean, corrupted))
     halves = [[f[: images // 2] for f in features], [f[images // 2 :] for f in features]]
     fit(model, lambda: halves, [(defects, masks)], [[f[:3] for f in features]])
     return model, clean, corrupted, masks
@@ -193,7 +193,7 @@ def test_a_position_is_judged_by_what_is_usual_there():
     fit(model, lambda: [[clean]], [([defects], torch.ones(40, 64, 64))], [[clean]])
     deviating = [clean[:1] + 1]
     with torch.no_grad():
-        [distances] = [g.distances(f) for g, f in zip(model.maps, model.smoothed(deviating), strict=True)]
+        [distances] = [g.distances(f) for g, f in zip(model.maps, deviating, strict=True)]
     assert distances[0, 0, 3, 3] < distances[0, 0, 0, 0] / 2
 
 
@@ -212,7 +212,7 @@ def test_sixteen_bits_leave_the_distances_alone():
 def test_the_score_is_the_mean_of_the_largest_half_per_cent():
     model, clean, *_ = fitted(images=2, image_size=(256, 256), layers=(1, 2))
     with torch.no_grad():
-        joint, scores = model.distances(model.backbone(clean)), model(clean).pred_score
+        joint, scores = model.distances(model.smoothed(model.backbone(clean))), model(clean).pred_score
     assert joint.shape[-2:] == (32, 32)
     expected = [sum(sorted(image.flatten().tolist())[-5:]) / 5 for image in joint]
     assert scores.tolist() == pytest.approx(expected)
@@ -227,11 +227,14 @@ def test_what_it_refuses():
         model(images[..., :32])
     with pytest.raises(ValueError, match=r"image_size.* must .* at least 16"):
         GaussianModel(**TINY_BACKBONE, image_size=(8, 64))
-    features = model.backbone(images)
+    features = model.smoothed(model.backbone(images))
     with pytest.raises(ValueError, match="no synthetic defects"):
         fit(model, lambda: [features], [(features, torch.zeros(1, 64, 64))], [features])
     with pytest.raises(ValueError, match="no synthetic defect stands out from clean images in layer 1"):
         fit(model, lambda: [features], [(features, torch.ones(1, 64, 64))], [features])
+    alike = [torch.full_like(f, 0.1) for f in features]
+    with pytest.raises(ValueError, match="are all alike in layer 1"):
+        fit(model, lambda: [alike, alike], [(features, torch.ones(1, 64, 64))], [alike])
     fitted_model, clean, *_ = fitted()
     fitted_model.layer_weights.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="the model is not fitted"):
@@ -241,7 +244,7 @@ def test_what_it_refuses():
 def test_what_fails_half_way_is_not_taken_for_fitted():
     model, clean, *_ = fitted()
     with torch.no_grad():
-        features = model.backbone(clean)
+        features = model.smoothed(model.backbone(clean))
     with pytest.raises(ValueError, match="no synthetic defect stands out"):
         fit(model, lambda: [features], [(features, torch.ones(len(clean), *model.image_size))], [features])
     assert not model.fitted

@@ -159,3 +159,11 @@ def test_a_second_fit_forgets_the_first(whole, mvtec_root, tmp_path):
     engine.fit(model, datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0))
     assert not note.fitted
     assert_equal(model, whole[0])
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
+def test_parameters_stay_in_32_bits(precision, mvtec_root, tmp_path):
+    engine = Engine(default_root_dir=tmp_path, precision=precision, **QUIET)
+    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    with pytest.raises(ValueError, match=f"precision must be 32-true, 16-mixed or bf16-mixed, got {precision}"):
+        engine.fit(Cse(**LINEAR), datamodule=data)

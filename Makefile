@@ -54,7 +54,7 @@ bench-compare: install
 bench-variants: install
 	$(BIN)/python benchmarks/variants.py --root $(DATA) $(ARGS)
 
-# ARGS="--photographs DTD --output ROOT": surfaces for bench-compare that nothing was chosen by
+# ARGS="--output ROOT": SurfaceDemo's sets for bench-compare; with "--photographs DTD" others like them too
 bench-surfaces: install
 	$(BIN)/python benchmarks/surfaces.py $(ARGS)
 

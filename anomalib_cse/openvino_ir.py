@@ -50,7 +50,7 @@ def left_alone(operations: Sequence[str] = ()) -> "IgnoredScope":
 
 
 def compress_weights(model: "Model") -> "Model":
-    """NNCF's 8-bit weights for all but matrix products, whose matrices are no weights of the backbone."""
+    """NNCF's 8-bit weights for all but matrix products, so that linear layers of a backbone stay as they are too."""
     import nncf
 
     return nncf.compress_weights(model, ignored_scope=left_alone())

@@ -1,5 +1,6 @@
-"""What the benchmarks share: a child process for every measurement, and a table."""
+"""What the benchmarks share: a child process for every measurement, datasets of a command line, and a table."""
 
+import argparse
 import multiprocessing
 import os
 import platform
@@ -15,6 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def check_categories(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with ``parser``'s error unless all ``categories`` of ``root`` are datasets in MVTec AD's layout."""
+    for category in options.categories:
+        if not (options.root / category / "train" / "good").is_dir():
+            parser.error(f"{options.root / category} has no train/good: --root and --categories must lead to a dataset")
 
 
 def call(

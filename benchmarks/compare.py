@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import CenterCrop, Resize
 from torchvision.transforms.v2.functional import resize
 
-from common import exported_size, hardware, in_child, peak_memory
+from common import check_categories, exported_size, hardware, in_child, peak_memory
 from contenders import ABLATIONS, BATCH_SIZE, EFFICIENT_AD_STEPS, EPOCHS, PAPER, contender
 from report import contact_sheet, not_run, row_labels, table, trade_off
 
@@ -287,9 +287,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20, help="of the latency measurement")
     parser.add_argument("--output", type=Path, default=Path("results/compare"))
     options = parser.parse_args(arguments)
-    for category in options.categories:
-        if not (options.root / category / "train" / "good").is_dir():
-            parser.error(f"{options.root / category} has no train/good: --root and --categories must lead to a dataset")
+    check_categories(parser, options)
     if not options.models:
         rows = dict.fromkeys(["Cse", PAPER, *EPOCHS, "EfficientAd"])
         options.models = [] if options.ablation else [row for row in rows if row != "BinaryClassifier"]

@@ -1,8 +1,8 @@
-"""Datasets of drawn defects on photographs of textures, to compare models on what nothing was chosen by.
+"""Datasets to compare models on, in MVTec AD's layout: ``SurfaceDemo``'s, and others like them.
 
-One surface a folder of photographs: crops of the first that is large enough, in grey, with ``SurfaceDemo``'s defects,
-in MVTec AD's layout. The other photographs are linked to in ``textures``, to corrupt training images with. Written for
-DTD; run by ``make bench-surfaces``.
+The others are one to a folder of photographs, such as DTD's: crops of the first photograph that is large enough, in
+grey, with ``SurfaceDemo``'s drawn defects. Nothing in Cse was chosen on them. The rest of the photographs are linked to
+in ``other_photographs``, to corrupt training images with. Run by ``make bench-surfaces``.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from anomalib_cse.demo import write_dataset
+from anomalib_cse.demo import CATEGORIES, SurfaceDemo, write_dataset
 
 SIDE = 512  # of a photograph, as write_dataset takes it
 SMALLEST = 480  # shorter side of those that are large enough
@@ -26,33 +26,44 @@ def squared(photograph: np.ndarray) -> np.ndarray:
     return photograph[top : top + SIDE, left : left + SIDE]
 
 
-def main() -> None:
-    """Write a dataset for every folder that has a photograph large enough, and say which it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photographs", type=Path, required=True, help="folder with a folder for each kind (DTD's)")
-    parser.add_argument("--output", type=Path, required=True, help="a new folder for the datasets")
-    options = parser.parse_args()
-    if options.output.exists():
-        parser.error(f"{options.output} exists: give a new folder")
-    files = sorted(options.photographs.resolve().rglob("*.jpg"))
+def write_others(photographs: Path, output: Path) -> None:
+    """Write a dataset for every folder that has a photograph large enough, and say which it is.
+
+    Raises:
+        SystemExit: If none is, or one cannot be read.
+    """
+    files = sorted(photographs.resolve().rglob("*.jpg"))
     chosen: dict[str, Path] = {}
     for file in files:
         photograph = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
         if photograph is None:
-            parser.error(f"{file} is no image that OpenCV reads")
+            raise SystemExit(f"{file} is no image that OpenCV reads: take it out of the folder")
         if file.parent.name not in chosen and min(photograph.shape) >= SMALLEST:
             chosen[file.parent.name] = file
-            folder = options.output / file.parent.name
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            write_dataset(folder, squared(photograph), np.random.default_rng(len(chosen)))
-            print(f"{folder.name}: {file.name}")
+            write_dataset(output / file.parent.name, squared(photograph), np.random.default_rng(len(chosen)))
+            print(f"{file.parent.name}: {file.name}")
     if not chosen:
-        parser.error(f"no .jpg of {SMALLEST} pixels and more to a side in folders of {options.photographs}")
+        raise SystemExit(f"no .jpg of {SMALLEST} pixels and more to a side in folders of {photographs}")
     for file in files:
         if file not in chosen.values():
-            link = options.output / "textures" / file.parent.name / file.name
+            link = output / "other_photographs" / file.parent.name / file.name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file)
+
+
+def main() -> None:
+    """Write what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--photographs", type=Path, help="folder with a folder for each kind (DTD's), for the others")
+    options = parser.parse_args()
+    if options.output.exists():
+        parser.error(f"{options.output} exists: give a new folder")
+    options.output.mkdir(parents=True)
+    for category in CATEGORIES:
+        SurfaceDemo(root=options.output, category=category).prepare_data()
+    if options.photographs:
+        write_others(options.photographs, options.output)
 
 
 if __name__ == "__main__":

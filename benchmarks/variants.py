@@ -32,7 +32,7 @@ from anomalib_cse.textures import builtin_textures, load_textures
 from anomalib_cse.torch_model import upsample
 from anomalib_cse.training_data import TrainingData
 
-from common import hardware, markdown
+from common import check_categories, hardware, markdown
 
 LEVELS = (1, 2, 3, 4)
 SHIPPED = {"layers": (1, 2, 3)}
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--dtd-dir", help="texture photographs; default: generated ones")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    check_categories(parser, options)
     names = [*VARIANTS, NOT_SCALED]
     found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in names}
     for category in options.categories:

@@ -147,6 +147,15 @@ def test_what_a_row_asks_for_is_no_deviation(compare, mvtec_root, texture_folder
         assert model.backbone in (None, model.arguments.get("backbone"))
 
 
+def test_categories_must_be_datasets(compare, mvtec_root, monkeypatch, capsys):
+    arguments = ["--root", str(mvtec_root), "--categories", "tiny", "square"]
+    monkeypatch.setattr("sys.argv", ["variants.py", *arguments])
+    for run in (lambda: compare.parse(arguments), importlib.import_module("variants").main):
+        with pytest.raises(SystemExit):
+            run()
+        assert "square has no train/good" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("row", ["Nothing", "Cse decoder"])
 def test_rows_must_name_models_and_arguments(compare, mvtec_root, row):
     with pytest.raises(ValueError, match="--models"):
@@ -202,8 +211,9 @@ def test_surfaces_are_the_first_photographs_that_are_large_enough(compare, tmp_p
     monkeypatch.setattr("sys.argv", ["surfaces.py", *arguments])
     surfaces.main()
     assert capsys.readouterr().out.split() == ["a:", "2.jpg", "b:", "1.jpg"]
-    textures = {str(p.relative_to(tmp_path / "output")) for p in (tmp_path / "output" / "textures").rglob("*.jpg")}
-    assert textures == {"textures/a/1.jpg", "textures/a/3.jpg", "textures/c/1.jpg"}
+    others = tmp_path / "output" / "other_photographs"
+    assert {str(file.relative_to(others)) for file in others.rglob("*.jpg")} == {"a/1.jpg", "a/3.jpg", "c/1.jpg"}
+    assert {path.name for path in others.parent.iterdir()} == {"a", "b", "brick", "grass", "gravel", others.name}
     cut, small = (cv2.imread(str(tmp_path / "photographs" / kind), 0) for kind in ("b/1.jpg", "a/2.jpg"))
     enlarged = cv2.resize(small, (640, 512), interpolation=cv2.INTER_CUBIC)
     for kind, whole in (("b", cut[9:521, 4:516]), ("a", enlarged[:, 64:576])):

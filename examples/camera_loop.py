@@ -63,7 +63,8 @@ def main() -> None:
     parser.add_argument("model", help="the exported model.xml")
     parser.add_argument("source", help="a folder of images, a video file, or a camera's number")
     parser.add_argument("--threshold", type=float, default=0.5, help="reject what scores above, in [0, 1]")
-    parser.add_argument("--rejects", type=Path, default=Path("rejects"), help="folder for pictures of what is rejected")
+    rejects = "folder for pictures of what is rejected, ./rejects unless given"
+    parser.add_argument("--rejects", type=Path, default=Path("rejects"), help=rejects)
     options = parser.parse_args()
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold must be in [0, 1], got {options.threshold}")

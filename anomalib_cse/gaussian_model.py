@@ -161,7 +161,7 @@ def fit(
 
     Args:
         model: The model.
-        clean: Gives smoothed features of all defect-free images, batch by batch; called twice.
+        clean: Gives smoothed features, as the others are, of all defect-free images, batch by batch; called twice.
         corrupted: Features of images with synthetic defects and the defects' masks ``(B, H, W)``.
         turned: Features of defect-free images, turned and mirrored, so that what the images show evens out and what
             is left of a position's mean distance is the backbone's own: its padding, at the border.
@@ -194,10 +194,8 @@ def fit(
             msg = "no synthetic defects to select the embedding by: their masks are empty"
             raise ValueError(msg)
         for level, moments in zip(model.backbone.levels, background, strict=True):
-            power, variance = (
-                moments.about(c).diagonal().sum() for c in (torch.zeros_like(moments.mean), moments.mean)
-            )
-            if variance <= ROUNDING * power:
+            power = moments.second.diagonal().sum() / moments.weight
+            if moments.about(moments.mean).diagonal().sum() <= ROUNDING * power:
                 msg = f"features of the training images are all alike in layer {level}: give more or larger images"
                 raise ValueError(msg)
         maps: list[GaussianMap] = list(model.maps)  # type: ignore[arg-type]

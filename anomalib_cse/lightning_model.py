@@ -405,7 +405,7 @@ class Cse(AnomalibModule):
         return self._data.train_dataloader(self._start_epoch) if self.embedder else DataLoader(range(1))  # type: ignore[arg-type]
 
     def extract(self, images: Tensor) -> list[Tensor]:
-        """What is kept of training images: features, of the trainer's ``precision``, smoothed for the closed form."""
+        """What is kept of training images: features, in the trainer's ``precision``, smoothed for the closed form."""
         with self.trainer.precision_plugin.forward_context():
             features = [f.float() for f in self.model.backbone(images)]
         return features if self.embedder else self.model.smoothed(features)

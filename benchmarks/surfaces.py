@@ -59,7 +59,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.output.exists():
         parser.error(f"{options.output} exists: give a new folder")
-    options.output.mkdir(parents=True)
     for category in CATEGORIES:
         SurfaceDemo(root=options.output, category=category).prepare_data()
     if options.photographs:

@@ -6,7 +6,7 @@ Nothing is chosen here: labels serve the metrics alone. Run by ``make bench-vari
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from anomalib_cse.training_data import TrainingData
 from common import check_categories, hardware, markdown
 
 LEVELS = (1, 2, 3, 4)
-SHIPPED = {"layers": (1, 2, 3)}
 
 VIEWS: dict[str, Transform] = {
     "256": Resize((256, 256), antialias=True),
@@ -152,21 +151,24 @@ def evaluate(features: Features, options: argparse.Namespace, name: str) -> tupl
     with ExitStack() as stack, torch.no_grad():
         for (module, part), stand_in in parts.items():
             stack.enter_context(patch.object(module, part, stand_in))
-        model = GaussianModel(options.backbone, **{**SHIPPED, **arguments}, image_size=size)
+        model = GaussianModel(options.backbone, **arguments, image_size=size)
         chosen = [LEVELS.index(level) for level in model.backbone.levels]
-        only: Callable[[list[Tensor]], list[Tensor]] = lambda layers: model.smoothed([layers[i] for i in chosen])  # noqa: E731
+
+        def smoothed(layers: list[Tensor]) -> list[Tensor]:
+            return model.smoothed([layers[i] for i in chosen])
+
         fit(
             model,
-            lambda: map(only, features.clean),
-            ((only(layers), masks) for layers, masks in features.corrupted),
-            map(only, features.mirrored),
+            lambda: map(smoothed, features.clean),
+            ((smoothed(layers), masks) for layers, masks in features.corrupted),
+            map(smoothed, features.mirrored),
         )
         if name == NOT_SCALED:
             for m in model.maps:
                 m.scale.fill_(m.scale.mean())
         scores, aupro = [], AUPRO(["anomaly_map", "gt_mask"])
         for layers, _, mask in features.test:
-            joint = model.distances(only(layers))
+            joint = model.distances(smoothed(layers))
             scores.append(gaussian_model.mean_of_top(joint, gaussian_model.SCORED))
             image = torch.zeros(1, 3, *size)  # which an ImageBatch cannot do without
             aupro.update(ImageBatch(image=image, gt_mask=mask, anomaly_map=upsample(joint, size)))

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 RIDGE = 0.01  # added to a covariance, as a share of its mean variance
-PRIOR = 30  # images' worth of trust in the covariance that all positions have in common
 
 
 def inverse_root(matrix: Tensor) -> Tensor:
@@ -54,19 +52,19 @@ class Moments:
 
     Args:
         dim: Length C of the vectors.
-        cells: Leading shape, for moments of several kinds at once.
+        grid: Leading shape, for moments of several kinds at once.
         device: Where the vectors are; the moments are there too, if it knows double precision.
     """
 
-    def __init__(self, dim: int, cells: Sequence[int] = (), device: torch.device | None = None) -> None:
+    def __init__(self, dim: int, grid: Sequence[int] = (), device: torch.device | None = None) -> None:
         known = device is None or device.type in ("cpu", "cuda")
         options: dict[str, Any] = {"dtype": torch.float64, "device": device if known else "cpu"}
-        self.weight = torch.zeros(*cells, 1, **options)
-        self.first = torch.zeros(*cells, dim, **options)
-        self.second = torch.zeros(*cells, dim, dim, **options)
+        self.weight = torch.zeros(*grid, 1, **options)
+        self.first = torch.zeros(*grid, dim, **options)
+        self.second = torch.zeros(*grid, dim, dim, **options)
 
     def add(self, vectors: Tensor, weights: Tensor | None = None) -> None:
-        """Add vectors ``(*cells, N, C)``, of weight 1 or ``weights`` ``(*cells, N)``."""
+        """Add vectors ``(*grid, N, C)``, of weight 1 or ``weights`` ``(*grid, N)``."""
         vectors = vectors.to(self.first)
         count = torch.ones_like(vectors[..., 0]) if weights is None else weights.to(self.first)
         weighted = vectors * count[..., None]
@@ -74,13 +72,19 @@ class Moments:
         self.first += weighted.sum(dim=-2)
         self.second += weighted.mT @ vectors
 
+    def include(self, others: "Moments") -> None:
+        """Add what others have been given."""
+        self.weight += others.weight
+        self.first += others.first
+        self.second += others.second
+
     @property
     def mean(self) -> Tensor:
-        """``(*cells, C)``."""
+        """``(*grid, C)``."""
         return self.first / self.weight
 
     def about(self, centre: Tensor) -> Tensor:
-        """The second moment ``(*cells, C, C)`` about ``centre`` ``(C,)``."""
+        """The second moment ``(*grid, C, C)`` about ``centre`` ``(C,)``."""
         mean = self.mean
         shift = (mean - centre)[..., None]
         central = self.second / self.weight[..., None] - mean[..., None] @ mean[..., None, :]
@@ -90,45 +94,32 @@ class Moments:
 class GaussianMap(nn.Module):
     """Distances of the positions of one grid from defect-free ones.
 
-    All that it has is in buffers of known shape, NaN until it is fitted: ``projection`` ``(1, 1, D, C)`` and
-    ``offset`` ``(D, 1)`` lead to the embedding; ``roots`` ``(rows, columns, D, D)``, one for a cell of positions, to
-    coordinates whose length is the distance; ``scale`` ``(h, w)`` makes 1 of its mean over defect-free images.
+    All that it has is in buffers of known shape, NaN until it is fitted: ``mean`` ``(C,)`` and ``directions``
+    ``(C, D)`` lead to the embedding; ``roots`` ``(h, w, D, D)``, one for each position, to coordinates whose length is
+    the distance; ``scale`` ``(h, w)`` makes 1 of its mean over defect-free images.
 
     Args:
         channels: C, of the layer.
-        dim: D, at most; fewer than that if C is smaller.
+        dim: D, of at most C.
         grid: Height and width h, w of the map.
-        cell: Positions to a cell along each axis.
     """
 
-    projection: Tensor
-    offset: Tensor
+    mean: Tensor
+    directions: Tensor
     roots: Tensor
     scale: Tensor
 
-    def __init__(self, channels: int, dim: int, grid: tuple[int, int], cell: int) -> None:
+    def __init__(self, channels: int, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        dim = min(channels, dim)
-        self.grid, self.cell, self.cells = grid, cell, (-(-grid[0] // cell), -(-grid[1] // cell))
-        self.register_buffer("projection", torch.full((1, 1, dim, channels), torch.nan))
-        self.register_buffer("offset", torch.full((dim, 1), torch.nan))
-        self.register_buffer("roots", torch.full((*self.cells, dim, dim), torch.nan))
+        self.register_buffer("mean", torch.full((channels,), torch.nan))
+        self.register_buffer("directions", torch.full((channels, dim), torch.nan))
+        self.register_buffer("roots", torch.full((*grid, dim, dim), torch.nan))
         self.register_buffer("scale", torch.full(grid, torch.nan))
 
-    def in_cells(self, values: Tensor) -> Tensor:
-        """``(B, K, h, w)`` as ``(rows, columns, N, K)``: the N positions of each cell, zeros for those it lacks."""
-        (rows, columns), cell = self.cells, self.cell
-        missing = rows * cell - self.grid[0], columns * cell - self.grid[1]
-        if any(missing):
-            values = F.pad(values, (0, missing[1], 0, missing[0]))
-        blocks = values.reshape(-1, values.shape[1], rows, cell, columns, cell)
-        return blocks.permute(2, 4, 0, 3, 5, 1).reshape(rows, columns, -1, values.shape[1])
-
     def embed(self, features: Tensor) -> Tensor:
-        """The linear embedding ``(B, D, h, w)`` of features ``(B, C, h, w)``."""
-        # constant times variable: the other way round, or as a convolution, OpenVINO rounds it
-        embedded = self.projection @ features.reshape(-1, 1, features.shape[1], features[0, 0].numel()) + self.offset
-        return embedded.reshape(-1, len(self.offset), *self.grid)
+        """The linear embedding ``(h, w, B, D)`` of features ``(B, C, h, w)``."""
+        # the mean is taken off first: a product with something added to it, OpenVINO rounds
+        return (features.permute(2, 3, 0, 1) - self.mean) @ self.directions
 
     def forward(self, features: Tensor) -> Tensor:
         """Distances ``(B, 1, h, w)``, 1 on average, of features ``(B, C, h, w)``."""
@@ -136,30 +127,27 @@ class GaussianMap(nn.Module):
 
     def distances(self, features: Tensor) -> Tensor:
         """Distances ``(B, 1, h, w)`` before they are scaled."""
-        coordinates = (self.in_cells(self.embed(features)) @ self.roots).permute(2, 3, 0, 1)  # (N, D, rows, columns)
-        squared = (coordinates * coordinates).sum(dim=1, keepdim=True)
-        height, width = self.grid
-        if self.cell > 1:
-            squared = F.pixel_shuffle(squared.reshape(-1, self.cell**2, *self.cells), self.cell)
-        return squared[..., :height, :width].sqrt()
+        coordinates = self.embed(features) @ self.roots
+        # a dimension that is kept, as OpenVINO rounds one that is added
+        return (coordinates * coordinates).sum(dim=-1, keepdim=True).sqrt().permute(2, 3, 0, 1)
 
     def fit_directions(self, clean: Moments, defects: Moments) -> Tensor:
         """Select the embedding; returns what a squared deviation along each of its directions says ``(D,)``."""
         covariance = clean.about(clean.mean)
         covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
-        directions, ratios = contrastive_directions(covariance, defects.about(clean.mean), len(self.offset))
-        self.projection.copy_(directions.T)
-        self.offset.copy_(-(clean.mean @ directions)[:, None])
+        directions, ratios = contrastive_directions(covariance, defects.about(clean.mean), self.directions.shape[1])
+        self.directions.copy_(directions)
+        self.mean.copy_(clean.mean)
         return evidence(ratios)
 
-    def fit_covariances(self, embedded: Moments, factors: Tensor, images: int) -> None:
-        """Give every cell its covariance: its own, shrunk to the common one, which is 1, as far as images are few.
+    def fit_covariances(self, embedded: Moments, factors: Tensor, prior: float) -> None:
+        """Give every position its covariance: its own, shrunk to the common one, which is 1, as far as images are few.
 
         Args:
-            embedded: Moments of every cell's embeddings.
+            embedded: Moments of every position's embeddings.
             factors: Of the squared deviations ``(D,)``.
-            images: How many images they are from.
+            prior: How many images the common one counts for, in (0, inf].
         """
-        own = images / (images + PRIOR)
+        own = (embedded.weight / (embedded.weight + prior))[..., None]
         shrunk = own * embedded.about(torch.zeros_like(factors)) + (1 - own) * torch.eye(len(factors)).to(factors)
         self.roots.copy_(inverse_root(shrunk) * factors.sqrt())

@@ -1,6 +1,6 @@
-"""Cse in closed form: layers of frozen features, a map of distances to each, and how they are fitted."""
+"""Cse in closed form: layers of frozen features and a map of distances to each."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,12 +10,11 @@ from torch.nn import functional as F
 
 from .backbone import FrozenBackbone
 from .checks import check_number, check_size
-from .gaussian import GaussianMap, Moments
+from .gaussian import GaussianMap
 from .torch_model import check_fitted, fuse, is_fitted, pool, upsample
 
 FINEST = 8  # stride of the finest map; finer layers are pooled to it
-CELL = 16  # pixels; positions within a cell have a covariance in common
-ROUNDING = 1e-12  # share of a second moment that is no variance
+REGISTER = 16  # numbers that processors multiply at once
 SCORED = 0.005  # share of the positions that an image's score is the mean of
 
 
@@ -29,6 +28,11 @@ def mean_of_top(maps: Tensor, share: float) -> Tensor:
     """The mean of the largest values, a share in (0, 1] of all, at least one: ``(B,)`` of ``(B, 1, H, W)``."""
     values = maps.flatten(1)
     return values.topk(max(1, round(share * values.shape[1])), dim=1).values.mean(dim=1)
+
+
+def score(joint: Tensor) -> Tensor:
+    """An image's score ``(B,)``, from its map ``(B, 1, H, W)``: the mean of the largest half per cent."""
+    return mean_of_top(joint, SCORED)
 
 
 def geometric_mean(maps: Tensor, weights: Tensor) -> Tensor:
@@ -47,6 +51,11 @@ def layer_weights(factors: Sequence[Tensor]) -> Tensor:
     return (dimensions / dimensions.sum()).view(1, -1, 1, 1)
 
 
+def directions_of(channels: int, most: int) -> int:
+    """How many directions a layer has: ``most``, or if its channels are fewer, as many of them as fill registers."""
+    return most if most <= channels else channels // REGISTER * REGISTER or channels
+
+
 class GaussianModel(nn.Module):
     """Scores images by distances from Gaussians of defect-free features, a map to a layer; needs no Trainer.
 
@@ -56,7 +65,7 @@ class GaussianModel(nn.Module):
     Args:
         backbone, layers, pre_trained, weights: See :class:`~anomalib_cse.backbone.FrozenBackbone`. Layers of a stride
             below 8 are pooled to that.
-        embedding_dim: Most directions to a layer.
+        embedding_dim: Most directions to a layer; see :func:`directions_of`.
         image_size: Height and width of the images, in pixels.
 
     Raises:
@@ -64,6 +73,7 @@ class GaussianModel(nn.Module):
     """
 
     layer_weights: Tensor
+    maps: Sequence[GaussianMap]
 
     def __init__(
         self,
@@ -93,9 +103,9 @@ class GaussianModel(nn.Module):
         with torch.no_grad():
             features = self.backbone(torch.zeros(1, 3, *image_size, device=self.layer_weights.device))
             grids = [(f.shape[2], f.shape[3]) for f in self.smoothed(features)]
-        self.maps = nn.ModuleList(
-            GaussianMap(channels, self.embedding_dim, grid, max(1, CELL // max(FINEST, stride)))
-            for channels, grid, stride in zip(self.backbone.channels, grids, self.backbone.strides, strict=True)
+        self.maps = nn.ModuleList(  # type: ignore[assignment]
+            GaussianMap(channels, directions_of(channels, self.embedding_dim), grid)
+            for channels, grid in zip(self.backbone.channels, grids, strict=True)
         ).to(self.layer_weights.device)
 
     @property
@@ -106,7 +116,7 @@ class GaussianModel(nn.Module):
     @property
     def fitted_last(self) -> list[Tensor]:
         """The layers' weights and the maps' scales."""
-        return [self.layer_weights, *(gaussian.scale for gaussian in self.maps)]  # type: ignore[list-item]
+        return [self.layer_weights, *(gaussian.scale for gaussian in self.maps)]
 
     def forget(self) -> None:
         """Be without maps, as before training."""
@@ -148,78 +158,4 @@ class GaussianModel(nn.Module):
         else:  # squares of distances leave the range of 16 bits
             with torch.autocast(images.device.type, enabled=False):
                 joint = self.distances(self.smoothed([f.float() for f in features]))
-        return InferenceBatch(pred_score=mean_of_top(joint, SCORED), anomaly_map=upsample(joint, images.shape[-2:]))
-
-
-def fit(
-    model: GaussianModel,
-    clean: Callable[[], Iterable[list[Tensor]]],
-    corrupted: Iterable[tuple[list[Tensor], Tensor]],
-    turned: Iterable[list[Tensor]],
-) -> None:
-    """Fit a model's maps and the weights of its layers.
-
-    Args:
-        model: The model.
-        clean: Gives smoothed features, as the others are, of all defect-free images, batch by batch; called twice.
-        corrupted: Features of images with synthetic defects and the defects' masks ``(B, H, W)``.
-        turned: Features of defect-free images, turned and mirrored, so that what the images show evens out and what
-            is left of a position's mean distance is the backbone's own: its padding, at the border.
-
-    Raises:
-        ValueError: If features are not finite or all alike, if no corrupted image has a defect, or if none stands out
-            in a layer.
-    """
-    with torch.no_grad():
-        device = model.layer_weights.device
-        model.forget()  # so that what fails half-way is not taken for fitted
-        channels = model.backbone.channels
-        background, defects = ([Moments(c, device=device) for c in channels] for _ in range(2))
-        images = 0
-        for features in clean():
-            images += len(features[0])
-            for moments, f in zip(background, features, strict=True):
-                moments.add(f.movedim(1, -1).flatten(0, 2))
-        for features, masks in corrupted:
-            for moments, f in zip(defects, features, strict=True):
-                cover = F.adaptive_avg_pool2d(masks[:, None].float(), (f.shape[2], f.shape[3]))
-                moments.add(f.movedim(1, -1).flatten(0, 2), cover.flatten())
-        if not all(moments.second.isfinite().all() for moments in (*background, *defects)):
-            msg = (
-                "features of the training images are NaN or infinite: so are pixels of theirs, or 16 bits "
-                "(half_precision_memory, the trainer's precision) are too few for this backbone"
-            )
-            raise ValueError(msg)
-        if not all(moments.weight > 0 for moments in defects):
-            msg = "no synthetic defects to select the embedding by: their masks are empty"
-            raise ValueError(msg)
-        for level, moments in zip(model.backbone.levels, background, strict=True):
-            power = moments.second.diagonal().sum() / moments.weight
-            if moments.about(moments.mean).diagonal().sum() <= ROUNDING * power:
-                msg = f"features of the training images are all alike in layer {level}: give more or larger images"
-                raise ValueError(msg)
-        maps: list[GaussianMap] = list(model.maps)  # type: ignore[arg-type]
-        factors = [m.fit_directions(*moments) for m, *moments in zip(maps, background, defects, strict=True)]
-        for level, factor in zip(model.backbone.levels, factors, strict=True):
-            if not factor.any():
-                msg = (
-                    f"no synthetic defect stands out from clean images in layer {level}: leave it out of layers, "
-                    "or give other kinds of defects or textures (defects, dtd_dir)"
-                )
-                raise ValueError(msg)
-        embedded = [Moments(m.roots.shape[-1], m.cells, device) for m in maps]
-        for features in clean():
-            for m, moments, f in zip(maps, embedded, features, strict=True):
-                embedding = m.embed(f)
-                moments.add(m.in_cells(embedding), m.in_cells(torch.ones_like(embedding[:, :1]))[..., 0])
-        for m, moments, factor in zip(maps, embedded, factors, strict=True):
-            m.fit_covariances(moments, factor, images)
-        totals = [torch.zeros(m.grid, device=device) for m in maps]
-        count = 0
-        for features in turned:
-            count += len(features[0])
-            for m, total, f in zip(maps, totals, features, strict=True):
-                total += m.distances(f).sum(dim=(0, 1))
-        model.layer_weights.copy_(layer_weights(factors))
-        for m, total in zip(maps, totals, strict=True):
-            m.scale.copy_(count / total.clamp(min=torch.finfo(total.dtype).eps * count))  # images may be all alike
+        return InferenceBatch(pred_score=score(joint), anomaly_map=upsample(joint, images.shape[-2:]))

@@ -8,7 +8,7 @@ pair is an index on any device and needs no worker; what does not fit the budget
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 Extract = Callable[[Tensor], list[Tensor]]
 PairFeatures = tuple[list[Tensor], list[Tensor], Tensor]
+T = TypeVar("T")
 
 MIN_HOLDOUT_PAIRS = 64  # few images are paired several times over: a few draws would be a coarse measure
 # set apart the streams of random numbers that one seed gives
@@ -92,6 +93,8 @@ class TrainingData:
             raise ValueError(msg)
         order = torch.randperm(count, generator=generator_for(seed, SPLIT)).tolist()
         self.holdout, self.training = sorted(order[:held_out]), sorted(order[held_out:])
+        self.halves = order[: -(-count // 2)], order[-(-count // 2) :]
+        self.room = 0
         self.kept_features: list[Tensor] | None = None
         self.kept_images: Tensor | None = None
         self.kept_holdout: list[tuple[PairBatch, list[Tensor]]] | None = None
@@ -128,6 +131,7 @@ class TrainingData:
         options: dict[str, Any] = {"dtype": self.memory_dtype, "device": self.device}
         if features_needed <= self.memory_budget:
             self.kept_features = [torch.empty(count, *f.shape[1:], **options) for f in features]
+            self.room = self.memory_budget - features_needed
         if self.keep_images and features_needed + images_needed <= self.memory_budget:
             self.kept_images = torch.empty(count, *image.shape, **options)
         elif self.keep_images or self.kept_features is None:
@@ -240,47 +244,66 @@ class TrainingData:
         for batch, new in self.kept_holdout or self.new_holdout_features():
             yield self.assemble(batch, new)
 
-    def features(self, epoch: int | None = None) -> Iterator[list[Tensor]]:
+    def features(self, epoch: int | None = None, half: int | None = None) -> Iterator[list[Tensor]]:
         """Clean features of all images, batch by batch; in random order if an epoch is given.
 
         Args:
             epoch: Decides the order.
+            half: Which half of the images is meant, 0 or 1, in place of all.
         """
-        count = len(self.images)
-        order = list(range(count))
+        order = list(range(len(self.images))) if half is None else self.halves[half]
         if epoch is not None:
-            order = torch.randperm(count, generator=generator_for(self.seed, SHUFFLE, epoch)).tolist()
+            shuffled = torch.randperm(len(order), generator=generator_for(self.seed, SHUFFLE, epoch))
+            order = [order[i] for i in shuffled]
         if self.kept_features is not None:
-            for start in range(0, count, self.batch_size):
+            for start in range(0, len(order), self.batch_size):
                 yield [f[order[start : start + self.batch_size]].float() for f in self.kept_features]
         else:
             loader = self.read_images(order, self.batch_size)
             for images in track(loader, description="Embedding training images"):
                 yield self.compute(images.to(self.device))
 
-    def draw(self, count: int) -> list[int]:
-        """So many of all images at random, none again before all have been drawn."""
+    def draw(self, count: int, images: Sequence[int]) -> list[int]:
+        """So many images at random, none again before all have been drawn; none if there are none."""
         generator = generator_for(self.seed, SAMPLE)
         drawn: list[int] = []
-        while len(drawn) < count:
-            drawn += torch.randperm(len(self.images), generator=generator).tolist()
+        while images and len(drawn) < count:
+            drawn += [images[i] for i in torch.randperm(len(images), generator=generator)]
         return drawn[:count]
 
-    def corrupted_features(self, count: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+    def corrupted_features(self, count: int, half: int) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Features of ``count`` images with synthetic defects, and the defects' masks ``(B, H, W)``, in batches."""
-        loader = self.read_images(self.draw(count), self.batch_size)
+        loader = self.read_images(self.draw(count, self.halves[half]), self.batch_size)
         for number, read in enumerate(track(loader, description="Drawing defects")):
             images = read.to(self.device)
-            params = self.synthesis.sample(images.shape, generator_for(self.seed, SAMPLE_DEFECTS, number))
+            params = self.synthesis.sample(images.shape, generator_for(self.seed, SAMPLE_DEFECTS, half, number))
             yield self.compute(self.synthesis.apply(images, params)), params.mask[:, 0].to(self.device)
 
     def mirrored_features(self, count: int) -> Iterator[list[Tensor]]:
         """Features of up to ``count`` images, each as it is, mirrored along either axis and along both."""
-        loader = self.read_images(self.draw(min(count, len(self.images))), self.batch_size)
+        order = range(len(self.images))
+        loader = self.read_images(self.draw(min(count, len(order)), order), self.batch_size)
         for read in track(loader, description="Measuring the border"):
             images = read.to(self.device)
             for axes in ((), (-1,), (-2,), (-2, -1)):
                 yield self.compute(images.flip(axes))
+
+    def again(self, make: Callable[[], Iterable[T]]) -> Callable[[], Iterable[T]]:
+        """What ``make`` gives, batches of tensors, to go through again: kept, or made anew without room."""
+        kept: list[T] = []
+        room = self.room
+        for made in make():
+            room -= size_of(made)
+            if room < 0:
+                return make
+            kept.append(made)
+        self.room = room
+        return lambda: kept
+
+
+def size_of(batch: Any) -> int:
+    """Bytes of a tensor, or of all in nested sequences."""
+    return batch.nbytes if isinstance(batch, Tensor) else sum(map(size_of, batch))
 
 
 def is_augmented(dataset: Any) -> bool:

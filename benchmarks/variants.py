@@ -5,6 +5,7 @@ Nothing is chosen here: labels serve the metrics alone. Run by ``make bench-vari
 """
 
 import argparse
+import copy
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,17 +16,18 @@ from unittest.mock import patch
 import torch
 from anomalib.data import ImageBatch, MVTecAD
 from anomalib.metrics import AUPRO
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchmetrics.functional import auroc
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize, Transform
 
-from anomalib_cse import gaussian, gaussian_model
+from anomalib_cse import gaussian, gaussian_fit, gaussian_model
 from anomalib_cse.backbone import FrozenBackbone
-from anomalib_cse.gaussian import GaussianMap
-from anomalib_cse.gaussian_model import GaussianModel, fit
+from anomalib_cse.gaussian import GaussianMap, Moments
+from anomalib_cse.gaussian_fit import Sample, Trial, fit
+from anomalib_cse.gaussian_model import GaussianModel
 from anomalib_cse.lightning_model import CORRUPTED_IMAGES, MIRRORED_IMAGES
 from anomalib_cse.synthesis import AnomalySynthesis
 from anomalib_cse.textures import builtin_textures, load_textures
@@ -65,15 +67,38 @@ def alike(factors: Sequence[Tensor]) -> Tensor:
     return torch.full((1, len(factors), 1, 1), 1 / len(factors))
 
 
-class WiderCells(GaussianMap):
-    """With twice as many positions to a side, where there are several."""
+def in_common(*_: object) -> Trial:
+    """As ``try_both``, won by one covariance for all positions."""
+    return Trial(in_common=1, own=0)
 
-    def __init__(self, channels: int, dim: int, grid: tuple[int, int], cell: int) -> None:
-        super().__init__(channels, dim, grid, 2 * cell if cell > 1 else 1)
+
+def own(*_: object) -> Trial:
+    """As ``try_both``, won by the positions' own covariances."""
+    return Trial(in_common=0, own=1)
+
+
+def in_blocks(values: Tensor, side: int) -> Tensor:
+    """Means ``(h, w, ...)`` over blocks of ``side`` x ``side`` positions, at every position."""
+    h, w = values.shape[:2]
+    means = F.avg_pool2d(values.reshape(1, h, w, -1).movedim(-1, 1), side)
+    return F.interpolate(means, size=(h, w)).movedim(1, -1).reshape(values.shape)
+
+
+def in_cells(pixels: int) -> type[GaussianMap]:
+    """Maps whose positions have a covariance in common with those of the same cell, of an image of 256 pixels."""
+
+    class Cells(GaussianMap):
+        def fit_covariances(self, embedded: Moments, factors: Tensor, prior: float) -> None:
+            pooled, side = copy.copy(embedded), pixels * len(self.scale) // 256
+            pooled.first, pooled.second = in_blocks(embedded.first, side), in_blocks(embedded.second, side)
+            super().fit_covariances(pooled, factors, prior)
+
+    return Cells
 
 
 # the view, arguments of the model, and what stands in for a part of a module
 Variant = tuple[str, Mapping[str, Any], Mapping[tuple[Any, str], Any]]
+OWN = {(gaussian_fit, "try_both"): own}
 VARIANTS: dict[str, Variant] = {
     "as it is": ("256", {}, {}),
     "centre crop of 224": ("256, centre 224", {}, {}),
@@ -84,12 +109,15 @@ VARIANTS: dict[str, Variant] = {
     "layers 1 to 4": ("256", {"layers": LEVELS}, {}),
     "not smoothed": ("256", {}, {(gaussian_model, "smooth"): lambda maps: maps}),
     "smoothed by 3x3 means": ("256", {}, {(gaussian_model, "smooth"): box}),
-    "one covariance for all positions": ("256", {}, {(gaussian, "PRIOR"): float("inf")}),
-    **{f"prior of {n} images": ("256", {}, {(gaussian, "PRIOR"): n}) for n in (10, 100, 300)},
-    **{f"covariance for cells of {n} pixels": ("256", {}, {(gaussian_model, "CELL"): n}) for n in (8, 32)},
-    "at stride 8, for cells of 32 pixels": ("256", {}, {(gaussian_model, "GaussianMap"): WiderCells}),
+    "one covariance for all positions": ("256", {}, {(gaussian_fit, "try_both"): in_common}),
+    "positions' own covariances": ("256", {}, OWN),
+    **{f"own covariances, prior of {n} images": ("256", {}, {**OWN, (gaussian_fit, "PRIOR"): n}) for n in (3, 30, 100)},
+    **{
+        f"a covariance to cells of {n} pixels": ("256", {}, {**OWN, (gaussian_model, "GaussianMap"): in_cells(n)})
+        for n in (16, 32)
+    },
     "arithmetic mean of the maps": ("256", {}, {(gaussian_model, "geometric_mean"): arithmetic_mean}),
-    "every layer counts alike": ("256", {}, {(gaussian_model, "layer_weights"): alike}),
+    "every layer counts alike": ("256", {}, {(gaussian_fit, "layer_weights"): alike}),
     "directions: principal components": ("256", {}, {(gaussian, "contrastive_directions"): principal_components}),
     "directions: all alike": ("256", {}, {(gaussian, "evidence"): torch.ones_like}),
     "principal components, all alike": (
@@ -98,6 +126,7 @@ VARIANTS: dict[str, Variant] = {
         {(gaussian, "contrastive_directions"): principal_components, (gaussian, "evidence"): torch.ones_like},
     ),
     **{f"{dim} directions": ("256", {"embedding_dim": dim}, {}) for dim in (16, 32, 128)},
+    "as many directions as channels, at most 64": ("256", {}, {(gaussian_model, "directions_of"): min}),
     "score: the largest value": ("256", {}, {(gaussian_model, "SCORED"): 1e-9}),
     **{f"score: largest {100 * s:g} %": ("256", {}, {(gaussian_model, "SCORED"): s}) for s in (0.01, 0.02, 0.1)},
     **{f"ridge of {ridge}": ("256", {}, {(gaussian, "RIDGE"): ridge}) for ridge in (0.001, 0.1)},
@@ -134,8 +163,9 @@ class Features:
             keep_images=False,
         )
         data.load(backbone, torch.device("cpu"))
-        self.clean = list(data.features())
-        self.corrupted = list(data.corrupted_features(CORRUPTED_IMAGES))
+        self.halves = [
+            (list(data.features(half=half)), list(data.corrupted_features(CORRUPTED_IMAGES, half))) for half in range(2)
+        ]
         self.mirrored = list(data.mirrored_features(MIRRORED_IMAGES))
         self.test = []
         for [image] in DataLoader(images.test_data, batch_size=1, collate_fn=lambda items: items):  # of any size
@@ -157,23 +187,25 @@ def evaluate(features: Features, options: argparse.Namespace, name: str) -> tupl
         def smoothed(layers: list[Tensor]) -> list[Tensor]:
             return model.smoothed([layers[i] for i in chosen])
 
-        fit(
-            model,
-            lambda: map(smoothed, features.clean),
-            ((smoothed(layers), masks) for layers, masks in features.corrupted),
-            map(smoothed, features.mirrored),
+        some, others = (
+            Sample(
+                lambda clean=clean: map(smoothed, clean),
+                lambda corrupted=corrupted: ((smoothed(layers), masks) for layers, masks in corrupted),
+            )
+            for clean, corrupted in features.halves
         )
+        fit(model, some, others, lambda: map(smoothed, features.mirrored))
         if name == NOT_SCALED:
             for m in model.maps:
                 m.scale.fill_(m.scale.mean())
         scores, aupro = [], AUPRO(["anomaly_map", "gt_mask"])
         for layers, _, mask in features.test:
             joint = model.distances(smoothed(layers))
-            scores.append(gaussian_model.mean_of_top(joint, gaussian_model.SCORED))
+            scores.append(gaussian_model.score(joint))
             image = torch.zeros(1, 3, *size)  # which an ImageBatch cannot do without
             aupro.update(ImageBatch(image=image, gt_mask=mask, anomaly_map=upsample(joint, size)))
     labels = torch.tensor([int(defective) for _, defective, _ in features.test])
-    return auroc(torch.cat(scores), labels, "binary").item(), aupro.compute().item()
+    return roc_auc_score(labels, torch.cat(scores)), aupro.compute().item()
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from anomalib_cse import Cse
-from anomalib_cse.gaussian_model import fit
+from anomalib_cse.gaussian_fit import Sample, fit
 
 from tiny import QUIET
 
@@ -49,7 +49,8 @@ def built(embedder):
             model.model.set_centres(model.model.embed(images[:2]).mean(dim=(0, 2, 3))[None])
         else:
             flat, strong = (model.model.smoothed(model.model.backbone(half)) for half in images.chunk(2))
-            fit(model.model, lambda: [flat], [(strong, torch.ones(2, *size))], [flat])
+            sample = Sample(lambda: [flat], lambda: [(strong, torch.ones(2, *size))])
+            fit(model.model, sample, sample, lambda: [flat])
         batch = model.model(images)
     for level, values in (("image", batch.pred_score), ("pixel", batch.anomaly_map)):
         bounds = {f"{level}_min": values.min(), f"{level}_max": values.max(), f"_{level}_threshold": values.mean()}

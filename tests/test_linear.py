@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torchvision.transforms.v2 import ColorJitter, Compose, Resize, Transform
 
-from anomalib_cse import Cse
+from anomalib_cse import Cse, lightning_model
 from anomalib_cse.training_data import TrainingData
 
 from tiny import LINEAR, QUIET
@@ -48,6 +48,28 @@ def test_neither_workers_nor_memory_nor_epochs_change_a_number(whole, mvtec_root
     assert torch.allclose(model.model(images).anomaly_map, whole[0].model(images).anomaly_map, rtol=1e-3)
 
 
+def test_a_half_is_tried_by_the_other(mvtec_root, tmp_path, monkeypatch):
+    asked, samples = [], []
+    for name in ("features", "corrupted_features"):
+        made = getattr(TrainingData, name)
+
+        def spy(self, *arguments, made=made, name=name, **options):
+            asked.append((name, options.get("half", arguments[-1] if arguments else None)))
+            return made(self, *arguments, **options)
+
+        monkeypatch.setattr(TrainingData, name, spy)
+    monkeypatch.setattr(TrainingData, "again", lambda _, make: make)
+    whole_fit = lightning_model.fit
+    monkeypatch.setattr(
+        lightning_model, "fit", lambda *arguments: (samples.extend(arguments[1:3]), whole_fit(*arguments))[1]
+    )
+    fit(mvtec_root, tmp_path)
+    for half, sample in enumerate(samples):
+        asked.clear()
+        list(sample.clean()), list(sample.corrupted())
+        assert asked == [("features", half), ("corrupted_features", half)]
+
+
 def test_images_are_read_a_few_times_and_not_an_epoch_longer(mvtec_root, tmp_path, monkeypatch):
     passed = []
     compute = TrainingData.compute
@@ -62,7 +84,7 @@ def test_another_seed_draws_other_defects(whole, mvtec_root, tmp_path):
     again, _ = fit(mvtec_root, tmp_path / "again")
     other, _ = fit(mvtec_root, tmp_path / "other", seed=1)
     assert_equal(again, whole[0])
-    assert not torch.equal(other.model.maps[0].projection, again.model.maps[0].projection)
+    assert not torch.equal(other.model.maps[0].directions, again.model.maps[0].directions)
 
 
 def test_a_checkpoint_is_the_model(whole, mvtec_root):

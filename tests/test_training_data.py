@@ -220,27 +220,66 @@ def gradients(count):
     return data, [data.images[index] for index in range(count)]
 
 
-def test_corrupted_images_differ_where_their_masks_are():
+@pytest.mark.parametrize("half", [0, 1])
+def test_corrupted_images_differ_where_their_masks_are(half):
     data, originals = gradients(4)
-    found = 0
-    for [images], masks in data.corrupted_features(10):
+    found = []
+    for [images], masks in data.corrupted_features(10, half):
         assert images.shape[0] == masks.shape[0]
         for image, mask in zip(images, masks, strict=True):
             assert mask.any()
             of = [(image - original)[:, ~mask].abs().max().item() == 0 for original in originals]
             assert of.count(True) == 1
-            assert (image - originals[of.index(True)])[:, mask].abs().max() > 0
-            found += 1
-    assert found == 10
-    first, second = ([m for _, m in data.corrupted_features(10)] for _ in range(2))
+            found.append(of.index(True))
+            assert (image - originals[found[-1]])[:, mask].abs().max() > 0
+    assert len(found) == 10
+    assert set(found) == set(data.halves[half])
+    first, second = ([m for _, m in data.corrupted_features(10, half)] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    other = [m for _, m in data.corrupted_features(10, 1 - half)]
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_halves_are_halves(count):
+    data, originals = gradients(count)
+    sizes = [len(half) for half in data.halves]
+    assert sizes == [-(-count // 2), count // 2]
+    assert sorted(data.halves[0] + data.halves[1]) == list(range(count))
+    for half, images in enumerate(data.halves):
+        features = [f for [batch] in data.features(half=half) for f in batch]
+        assert len(features) == len(images)
+        assert all(torch.equal(f, originals[image]) for f, image in zip(features, images, strict=True))
+        shuffled = [f for [batch] in data.features(epoch=1, half=half) for f in batch]
+        assert sorted(f.sum().item() for f in shuffled) == sorted(f.sum().item() for f in features)
 
 
 def test_every_image_is_drawn_before_any_is_drawn_again():
-    data, _ = gradients(4)
-    drawn = data.draw(10)
-    assert sorted(drawn[:4]) == sorted(drawn[4:8]) == [0, 1, 2, 3]
+    data, _ = gradients(1)
+    drawn = data.draw(10, [2, 5, 6, 8])
+    assert sorted(drawn[:4]) == sorted(drawn[4:8]) == [2, 5, 6, 8]
     assert len(drawn) == 10
+    assert data.draw(10, []) == []
+
+
+def test_what_is_needed_again_is_kept_while_there_is_room():
+    data, _ = gradients(1)
+    made = []
+
+    def make():
+        for size in (30, 20):
+            made.append(size)
+            yield [torch.zeros(size)], torch.zeros(5)
+
+    batch_bytes = 4 * (30 + 5 + 20 + 5)
+    for room, times, left in ((batch_bytes, 1, 0), (batch_bytes - 1, 3, batch_bytes - 1)):
+        data.room = room
+        made.clear()
+        again = data.again(make)
+        for _ in range(2):
+            assert [len(f) for [f], _ in again()] == [30, 20]
+        assert len(made) == 2 * times
+        assert data.room == left
 
 
 def test_mirrored_images_are_mirrored():

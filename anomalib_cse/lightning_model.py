@@ -578,13 +578,10 @@ class Cse(AnomalibModule):
     def fit_statistics(self) -> None:
         """k-means on the pooled embeddings of all defect-free training images (Section 3.5), or the closed form."""
         if self.embedder is None:
-            some, others = (
-                Sample(
-                    partial(self.data.features, half=half),
-                    self.data.again(partial(self.data.corrupted_features, CORRUPTED_IMAGES, half)),
-                )
-                for half in range(2)
-            )
+            clean = [partial(self.data.features, half=half) for half in range(2)]
+            corrupted = [partial(self.data.corrupted_features, CORRUPTED_IMAGES, half) for half in range(2)]
+            some = Sample(clean[0], corrupted[0])  # whose defects are needed once
+            others = Sample(clean[1], self.data.again(corrupted[1]))
             mirrored = self.data.again(partial(self.data.mirrored_features, MIRRORED_IMAGES))
             trial = fit(self.model, some, others, mirrored)
             if trial is not None:

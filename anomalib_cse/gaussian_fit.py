@@ -1,6 +1,5 @@
 """How Cse is fitted in closed form: directions, then covariances and scales, by clean and corrupted images."""
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from .gaussian import Moments
 from .gaussian_model import GaussianModel, layer_weights, score
+from .torch_model import copied
 
 ROUNDING = 1e-12  # share of a second moment that is no variance
 PRIOR = 10  # images' worth of trust in the covariance that all positions have in common
@@ -160,7 +160,7 @@ def try_both(
     labels: list[bool] = []
     scores: tuple[list[float], list[float]] = [], []
     for prior, shown in ((IN_COMMON, mirrored), (PRIOR, some.clean)):
-        models.append(copy.deepcopy(model, {id(model.backbone): model.backbone}))  # the backbone is not copied
+        models.append(copied(model))
         fit_positions(models[-1], embedded, factors, prior, shown)
     nothing = ((features, torch.zeros(len(features[0]), 1)) for features in others.clean())
     for features, masks in chain(nothing, others.corrupted()):

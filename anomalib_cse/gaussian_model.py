@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .backbone import FrozenBackbone
 from .checks import check_number, check_size
 from .gaussian import GaussianMap
-from .torch_model import check_fitted, fuse, is_fitted, pool, upsample
+from .torch_model import check_fitted, copied, fuse, is_fitted, pool, upsample
 
 FINEST = 8  # stride of the finest map; finer layers are pooled to it
 REGISTER = 16  # numbers that processors multiply at once
@@ -122,6 +122,14 @@ class GaussianModel(nn.Module):
         """Be without maps, as before training."""
         for part in self.fitted_last:
             part.fill_(torch.nan)
+
+    def simplified(self) -> "GaussianModel":
+        """A copy that computes the same with less, to be exported: a root that all positions have is there once."""
+        simple = copied(self)
+        for gaussian in simple.maps:
+            if (gaussian.roots == gaussian.roots[0, 0]).all():
+                gaussian.roots = gaussian.roots[0, 0].clone()
+        return simple
 
     def smoothed(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The backbone's features, a ``(B, C, h, w)`` to a layer, as the maps have them."""

@@ -44,11 +44,12 @@ from .gaussian_model import GaussianModel
 from .loss import CseLoss, decoder_loss
 from .openvino_ir import compress_weights, keep_single_precision, quantize
 from .pairs import PairBatch
+from .post_processing import MidwayPostProcessor
 from .pre_processing import EvaluationPreProcessing, ExactPreProcessor, fixed_size
 from .reading import name_unreadable_files, read_through
 from .synthesis import KINDS, AnomalySynthesis
 from .textures import builtin_textures, load_textures
-from .torch_model import CseModel, Decoder, Embedder, fold_batch_norm, is_fitted, pool
+from .torch_model import CseModel, Decoder, Embedder, is_fitted, pool
 from .training_data import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -252,6 +253,10 @@ class Cse(AnomalibModule):
             msg = f"center_crop_size must be within image_size {tuple(image_size)}, got {tuple(center_crop_size)}"
             raise ValueError(msg)
         return ExactPreProcessor(Compose([resize, CenterCrop(tuple(center_crop_size))]))
+
+    def configure_post_processor(self) -> PostProcessor:
+        """anomalib's, but no label hangs on rounding."""
+        return MidwayPostProcessor()
 
     @property
     def effective_seed(self) -> int:
@@ -685,14 +690,12 @@ class Cse(AnomalibModule):
         anomalib's 14 cannot be had of this graph: the conversion fails, with a traceback, and leaves 18.
         """
         defaults = {"opset_version": 18, "external_data": False}
-        if self.embedder is None:
-            return super().to_onnx(export_root, model_file_name, input_size, **{**defaults, **kwargs})
-        embedder = self.model.embedder
-        self.model.embedder = fold_batch_norm(embedder)
+        model = self.model
+        self.model = model.simplified()
         try:
             return super().to_onnx(export_root, model_file_name, input_size, **{**defaults, **kwargs})
         finally:
-            self.model.embedder = embedder
+            self.model = model
 
     def to_openvino(  # type: ignore[override]
         self,

@@ -51,6 +51,11 @@ class Embedder(nn.Sequential):
         return super().forward(fuse(features))
 
 
+def copied(model: Any) -> Any:
+    """A copy of a model that shares its backbone."""
+    return copy.deepcopy(model, {id(model.backbone): model.backbone})
+
+
 def fold_batch_norm(embedder: Embedder) -> Embedder:
     """A copy that computes the same with every BatchNorm but the last in the convolution that follows it."""
     folded: Any = copy.deepcopy(embedder).eval()
@@ -175,6 +180,12 @@ class CseModel(nn.Module):
     def forget(self) -> None:
         """Be without centres, as before training."""
         self.centres.fill_(torch.nan)
+
+    def simplified(self) -> "CseModel":
+        """A copy that computes the same with less, to be exported: BatchNorm is in the convolution that follows."""
+        simple = copied(self)
+        simple.embedder = fold_batch_norm(self.embedder)
+        return simple
 
     def set_centres(self, centres: Tensor) -> None:
         """Keep ``centres`` ``(K, D)``, of any length, as unit vectors."""

@@ -28,6 +28,7 @@ class ClassifierModel(nn.Module):
     """
 
     centres: Tensor
+    simplified = CseModel.simplified
 
     def __init__(self, model: CseModel) -> None:
         super().__init__()

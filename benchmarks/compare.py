@@ -22,6 +22,7 @@ from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models import AnomalibModule
+from anomalib.post_processing import PostProcessor
 from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import CenterCrop, Resize
@@ -82,7 +83,8 @@ def run_cell(cell: Cell, options: argparse.Namespace, keep: Path | None) -> dict
     images = images_of(options, category, chosen.batch_size)
     images.setup()
     epochs = chosen.epochs or math.ceil(EFFICIENT_AD_STEPS / len(images.train_data))
-    model = chosen.build(evaluator=evaluator(), visualizer=False)
+    # anomalib's thresholds for all alike; Cse's own would have one defective image more right
+    model = chosen.build(evaluator=evaluator(), post_processor=PostProcessor(), visualizer=False)
     with TemporaryDirectory() as folder:
         engine = Engine(
             max_epochs=epochs,

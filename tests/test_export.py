@@ -36,8 +36,11 @@ def surface(size, contrast, rng, channels=3):
     return (255 * contrast * (blocks.reshape(noise.shape) + noise) / 2).astype(np.uint8)
 
 
-def built(embedder):
-    """Random weights; scores of surfaces of low and of high contrast lie on either side of the threshold."""
+def built(embedder, own=True):
+    """Random weights; scores of surfaces of low and of high contrast lie on either side of the threshold.
+
+    If it is linear, positions have their own covariances, or else one in common.
+    """
     layers = (2, 3) if embedder == "network" else None
     model = Cse("test_efficientnet", layers, pre_trained=False, embedder=embedder, seed=0).eval()
     size = model.pre_processor.transform(torch.zeros(1, 3, 300, 300)).shape[-2:]
@@ -51,6 +54,8 @@ def built(embedder):
             flat, strong = (model.model.smoothed(model.model.backbone(half)) for half in images.chunk(2))
             sample = Sample(lambda: [flat], lambda: [(strong, torch.ones(2, *size))])
             fit(model.model, sample, sample, lambda: [flat])
+            for gaussian in model.model.maps if own else ():
+                gaussian.roots += torch.rand(gaussian.roots.shape, generator=torch.manual_seed(0)) / 10
         batch = model.model(images)
     for level, values in (("image", batch.pred_score), ("pixel", batch.anomaly_map)):
         bounds = {f"{level}_min": values.min(), f"{level}_max": values.max(), f"_{level}_threshold": values.mean()}
@@ -179,6 +184,20 @@ def test_the_papers_network_exports_to_what_it_is(images, tmp_path):
     assert precisions(paths[1], "bf16") == ({"f32"}, {"f32"}, {"f32"})
     for run in (onnx(paths[0]), inferencer(OpenVINOInferencer(paths[1], device="CPU"))):
         assert_same(run(floats if run.__name__ == "<lambda>" else torch.from_numpy(floats)), expected)
+
+
+def test_a_covariance_that_all_positions_have_is_exported_once(model, paths, images, tmp_path):
+    common = built("linear", own=False)
+    kept = {name: value.clone() for name, value in common.state_dict().items()}
+    file = export(common, ExportType.OPENVINO, tmp_path)
+    roots = sum(gaussian.roots.nbytes - gaussian.roots[0, 0].nbytes for gaussian in common.model.maps)
+    saved = paths[ExportType.OPENVINO].with_suffix(".bin").stat().st_size - file.with_suffix(".bin").stat().st_size
+    assert saved == pytest.approx(roots, rel=0.01)
+    assert all(torch.equal(value, kept[name]) for name, value in common.state_dict().items())
+    path = images / "300x517" / "colour"
+    floats = np.stack([read_image(file, as_tensor=True).numpy() for file in sorted(path.iterdir())])
+    run = inferencer(OpenVINOInferencer(file, device="CPU"))
+    assert_same(run(torch.from_numpy(floats)), predicted(common, path, tmp_path))
 
 
 def precisions(path, hint):

@@ -96,7 +96,8 @@ class GaussianMap(nn.Module):
 
     All that it has is in buffers of known shape, NaN until it is fitted: ``mean`` ``(C,)`` and ``directions``
     ``(C, D)`` lead to the embedding; ``roots`` ``(h, w, D, D)``, one for each position, to coordinates whose length is
-    the distance; ``scale`` ``(h, w)`` makes 1 of its mean over defect-free images.
+    the distance; ``scale`` ``(h, w)`` makes 1 of its mean over defect-free images. Roots that are all the same are one
+    ``(D, D)`` when exported.
 
     Args:
         channels: C, of the layer.

@@ -255,7 +255,7 @@ class Cse(AnomalibModule):
         return ExactPreProcessor(Compose([resize, CenterCrop(tuple(center_crop_size))]))
 
     def configure_post_processor(self) -> PostProcessor:
-        """anomalib's, but no label hangs on rounding."""
+        """anomalib's, but the image threshold is none of the validation images' scores."""
         return MidwayPostProcessor()
 
     @property

@@ -1,7 +1,8 @@
-"""Thresholds that no image's label hangs on."""
+"""Thresholds between images' scores, not on one."""
 
 from typing import Any
 
+import torch
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from torch import Tensor
@@ -15,14 +16,14 @@ class MidwayThreshold(F1AdaptiveThreshold):
     image counts as good, or after export as rounding has it. All values in between have the same F1.
     """
 
-    def compute(self) -> Tensor:  # type: ignore[override]
-        """The threshold ``()``; of images of one kind alone, anomalib's."""
+    def compute(self) -> Tensor | None:  # type: ignore[override]
+        """The threshold ``()``, of scores in [0, inf); of good images alone it is anomalib's, the highest score."""
         threshold = super().compute()
-        scores = dim_zero_cat(self.preds)
-        below = scores[scores < threshold]
-        if not (self._has_anomalous_samples() and self._has_normal_samples() and len(below)):
+        if threshold is None or not dim_zero_cat(self.target).any():
             return threshold
-        return (below.max() + threshold) / 2
+        scores = dim_zero_cat(self.preds)
+        below = torch.cat([scores[scores < threshold], scores.new_zeros(1)])  # there is none if all are anomalous
+        return torch.lerp(below.max(), threshold, 0.5)
 
 
 class MidwayPostProcessor(PostProcessor):

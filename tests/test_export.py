@@ -70,6 +70,11 @@ def model():
 
 
 @pytest.fixture(scope="module")
+def common():
+    return built("linear", own=False)
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("exported")
 
@@ -186,18 +191,30 @@ def test_the_papers_network_exports_to_what_it_is(images, tmp_path):
         assert_same(run(floats if run.__name__ == "<lambda>" else torch.from_numpy(floats)), expected)
 
 
-def test_a_covariance_that_all_positions_have_is_exported_once(model, paths, images, tmp_path):
-    common = built("linear", own=False)
+def test_a_covariance_that_all_positions_have_is_exported_once(common, paths, images, tmp_path):
     kept = {name: value.clone() for name, value in common.state_dict().items()}
     file = export(common, ExportType.OPENVINO, tmp_path)
     roots = sum(gaussian.roots.nbytes - gaussian.roots[0, 0].nbytes for gaussian in common.model.maps)
     saved = paths[ExportType.OPENVINO].with_suffix(".bin").stat().st_size - file.with_suffix(".bin").stat().st_size
     assert saved == pytest.approx(roots, rel=0.01)
-    assert all(torch.equal(value, kept[name]) for name, value in common.state_dict().items())
+    assert precisions(file, "bf16") == ({"f32"}, {"f32"}, {"f32"})
     path = images / "300x517" / "colour"
     floats = np.stack([read_image(file, as_tensor=True).numpy() for file in sorted(path.iterdir())])
-    run = inferencer(OpenVINOInferencer(file, device="CPU"))
-    assert_same(run(torch.from_numpy(floats)), predicted(common, path, tmp_path))
+    expected = predicted(common, path, tmp_path)
+    assert_same(inferencer(OpenVINOInferencer(file, device="CPU"))(torch.from_numpy(floats)), expected)
+    assert_same(onnx(export(common, ExportType.ONNX, tmp_path))(floats), expected)
+    assert all(torch.equal(value, kept[name]) for name, value in common.state_dict().items())
+
+
+def test_an_export_that_fails_leaves_the_model_as_it_was(common, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    network = common.model
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export(common, ExportType.ONNX, tmp_path)
+    assert common.model is network
 
 
 def precisions(path, hint):
@@ -227,8 +244,19 @@ def eight_bits(request, model, folder, mvtec_root):
 
 
 def test_quantisation_leaves_resizing_and_distances_alone(eight_bits, paths):
+    assert_left_alone(eight_bits, paths[ExportType.OPENVINO])
+
+
+def test_quantisation_leaves_one_covariance_for_all_alone(common, folder, mvtec_root):
+    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    small = {"compression_type": CompressionType.INT8_PTQ, "datamodule": data}
+    exact, eight_bits = (export(common, ExportType.OPENVINO, folder / f"c{len(o)}", **o) for o in ({}, small))
+    assert_left_alone(eight_bits, exact)
+
+
+def assert_left_alone(eight_bits, exact):
     for operation in ("MatMul", "Sqrt", "Power", "ReduceProd"):  # squares in 8 bits would make a product of layers 0
-        expected = inputs(paths[ExportType.OPENVINO], operation)
+        expected = inputs(exact, operation)
         assert expected
         assert sorted(inputs(eight_bits, operation)) == sorted(expected)
     assert all(weights != "Constant" for _, weights in inputs(eight_bits, "Convolution"))

@@ -1,13 +1,14 @@
 import pytest
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import ImageBatch, MVTecAD
+from anomalib.engine import Engine
 from anomalib.metrics import F1AdaptiveThreshold
 from sklearn.metrics import f1_score
 
 from anomalib_cse import Cse
 from anomalib_cse.post_processing import MidwayThreshold
 
-from tiny import TINY
+from tiny import LINEAR, QUIET
 
 FIELDS = {"fields": ["pred_score", "gt_label"], "strict": False}
 
@@ -24,12 +25,13 @@ def threshold_of(metric, scores, labels):
 def test_the_threshold_parts_the_best_f1_with_the_same_distance_to_both_sides(seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(40) % 2
-    scores = (torch.randn(40, generator=generator) + labels).mul(8).round() / 8  # with ties
+    scores = (torch.randn(40, generator=generator) + labels).mul(8).round().div(8).exp()  # with ties
     threshold = threshold_of(MidwayThreshold(**FIELDS), scores, labels)
     best = max(f1_score(labels, scores >= cut) for cut in scores)
     assert f1_score(labels, scores > threshold) == pytest.approx(best)
     assert f1_score(labels, scores > threshold_of(F1AdaptiveThreshold(**FIELDS), scores, labels)) < best
-    assert scores[scores > threshold].min() - threshold == pytest.approx(threshold - scores[scores < threshold].max())
+    above, below = scores[scores > threshold].min(), scores[scores < threshold].max()
+    assert above - threshold == pytest.approx(threshold - below, rel=1e-4)
 
 
 def test_where_a_gap_is_the_threshold_is_in_its_middle():
@@ -37,16 +39,30 @@ def test_where_a_gap_is_the_threshold_is_in_its_middle():
     assert threshold_of(MidwayThreshold(**FIELDS), scores, labels) == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize(
-    ("scores", "labels"),
-    [([0.1, 0.2, 0.3], [0, 0, 0]), ([0.1, 0.2, 0.3], [1, 1, 1]), ([0.5, 0.5, 0.5], [0, 1, 1])],
-    ids=["good", "anomalous", "all alike"],
-)
-def test_without_scores_to_part_it_is_anomalibs(scores, labels):
-    scores, labels = torch.tensor(scores), torch.tensor(labels)
-    expected = threshold_of(F1AdaptiveThreshold(**FIELDS), scores, labels)
-    assert threshold_of(MidwayThreshold(**FIELDS), scores, labels) == expected
+@pytest.mark.parametrize("labels", [[1, 0, 1], [1, 1, 1]])
+def test_where_all_are_best_called_anomalous_the_lowest_is_too(labels):
+    scores, labels = torch.tensor([0.1, 0.2, 0.3]), torch.tensor(labels)
+    assert threshold_of(F1AdaptiveThreshold(**FIELDS), scores, labels) == scores[0]  # what is above it is anomalous
+    assert threshold_of(MidwayThreshold(**FIELDS), scores, labels) == pytest.approx(0.05)
 
 
-def test_cse_has_it():
-    assert isinstance(Cse(**TINY).post_processor._image_threshold_metric, MidwayThreshold)
+def test_of_good_images_alone_it_is_anomalibs():
+    assert threshold_of(MidwayThreshold(**FIELDS), torch.tensor([0.3, 0.1]), torch.zeros(2)) == pytest.approx(0.3)
+
+
+def test_without_images_there_is_none():
+    assert MidwayThreshold(**FIELDS).compute() is None
+
+
+def test_training_sets_it(mvtec_root, tmp_path):
+    model = Cse(**LINEAR)
+    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    Engine(default_root_dir=tmp_path, **QUIET).fit(model, datamodule=data)
+    with torch.no_grad():
+        scored = [
+            (model.model(model.pre_processor(batch.image)).pred_score, batch.gt_label)
+            for batch in data.val_dataloader()
+        ]
+    scores, labels = (torch.cat(part) for part in zip(*scored, strict=True))
+    threshold = model.post_processor.image_threshold
+    assert threshold == pytest.approx((scores[~labels].max() + scores[labels].min()) / 2)

@@ -31,7 +31,7 @@ def test_the_threshold_parts_the_best_f1_with_the_same_distance_to_both_sides(se
     assert f1_score(labels, scores > threshold) == pytest.approx(best)
     assert f1_score(labels, scores > threshold_of(F1AdaptiveThreshold(**FIELDS), scores, labels)) < best
     above, below = scores[scores > threshold].min(), scores[scores < threshold].max()
-    assert above - threshold == pytest.approx(threshold - below, rel=1e-4)
+    assert (above - threshold).item() == pytest.approx((threshold - below).item(), rel=1e-4)
 
 
 def test_where_a_gap_is_the_threshold_is_in_its_middle():

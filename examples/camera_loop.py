@@ -88,7 +88,9 @@ def main() -> None:
         if score > options.threshold:
             counted["rejected"] += 1
             picture = side_by_side(frame, request.get_tensor("anomaly_map").data.squeeze())
-            (options.rejects / f"{name}.png").write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+            (options.rejects / f"{name.removesuffix('.png')}.png").write_bytes(
+                cv2.imencode(".png", picture)[1].tobytes()
+            )
 
     queue.set_callback(finished)
     start = time.perf_counter()

@@ -295,7 +295,7 @@ def camera_loop(network, path, rejects, *options):
     command = [sys.executable, EXAMPLES / "camera_loop.py", network, path, "--rejects", rejects, *options]
     *lines, last = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     scores = [float(score) for _, score in sorted(line.split() for line in lines)]
-    return scores, last, sorted(int(file.name[0]) for file in rejects.iterdir())
+    return scores, last, sorted(int(file.stem) for file in rejects.iterdir())
 
 
 def test_the_camera_loop_gives_the_same_scores(model, paths, images, folder):

@@ -200,6 +200,14 @@ def test_variants_start_from_what_ships_and_change_it(compare, mvtec_root, backb
     assert same < {"one covariance for all positions", "positions' own covariances"}
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_latency_is_that_of_one_covariance_or_of_every_positions_own(own, compare):
+    latency = importlib.import_module("latency")
+    model = latency.cse("test_efficientnet", latency.OWN if own else "linear").model
+    assert model.fitted
+    assert {gaussian.roots.dim() for gaussian in model.simplified().maps} == {4 if own else 2}
+
+
 def test_cells_have_the_means_of_their_positions(compare):
     values = torch.rand(4, 6, 3)
     means = importlib.import_module("variants").in_blocks(values, 2)

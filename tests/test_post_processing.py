@@ -6,7 +6,7 @@ from anomalib.metrics import F1AdaptiveThreshold
 from sklearn.metrics import f1_score
 
 from anomalib_cse import Cse
-from anomalib_cse.post_processing import MidwayThreshold
+from anomalib_cse.post_processing import MidwayPostProcessor, MidwayThreshold
 
 from tiny import LINEAR, QUIET
 
@@ -52,6 +52,10 @@ def test_of_good_images_alone_it_is_anomalibs():
 
 def test_without_images_there_is_none():
     assert MidwayThreshold(**FIELDS).compute() is None
+
+
+def test_arguments_are_anomalibs():
+    assert MidwayPostProcessor(image_sensitivity=0.7).normalized_image_threshold == pytest.approx(0.3)
 
 
 def test_training_sets_it(mvtec_root, tmp_path):

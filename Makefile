@@ -28,8 +28,9 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy anomalib_cse
 
+# two processes of one thread each: with more, they would wait for one another
 test: install lint types
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile tests
 
 # some minutes; CSE_STRESS=0.1 for a tenth of it
 stress: install

@@ -144,7 +144,7 @@ def cse_on_images(options: argparse.Namespace, memory: int, epochs: int) -> dict
 def texture_folder(options: argparse.Namespace) -> Iterator[Path]:
     """Folder of texture photographs, of generated ones if none is given."""
     if options.dtd_dir:
-        yield Path(options.dtd_dir) / "images"
+        yield Path(options.dtd_dir)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "textures" / "generated"

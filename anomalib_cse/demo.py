@@ -96,12 +96,17 @@ def write_dataset(folder: Path, photograph: Image, rng: Generator) -> None:
         folder: Where to; it is complete once it exists.
         photograph: ``(512, 512)`` uint8.
         rng: Source of randomness.
+
+    Raises:
+        OSError: If an image cannot be written.
     """
 
     def write(image: Image, *parts: str) -> None:
         path = unfinished.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(path), image)
+        if not cv2.imwrite(str(path), image):
+            msg = f"{path} cannot be written: give the dataset another root"
+            raise OSError(msg)
 
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -44,7 +44,7 @@ def evidence(ratios: Tensor) -> Tensor:
     Between a Gaussian of variance 1 and one of variance r that is ``1 - 1 / r`` (but for the constant and the half);
     directions in which defects vary less than clean features say nothing.
     """
-    return (1 - 1 / ratios.clamp(min=1)).clamp(min=0)
+    return 1 - 1 / ratios.clamp(min=1)
 
 
 class Moments:

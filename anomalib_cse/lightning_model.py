@@ -31,7 +31,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
@@ -225,6 +225,8 @@ class Cse(AnomalibModule):
         self.register_buffer("fit_seed", torch.tensor(self.effective_seed))
         self._data: TrainingData | None = None  # while fitting
         self._start_epoch = 0
+        self._source: Any = None  # of the user's training images, while fitting
+        self._random_state: Tensor | None = None  # torch's, while scoring
         self._set_aside: tuple[pl.Trainer, int | float] | None = None  # a trainer and its own limit_val_batches
         self._resumed: str | Path | None = None  # the checkpoint that the last fit went on from
         self.train()
@@ -294,18 +296,21 @@ class Cse(AnomalibModule):
         """anomalib's, but training images are pre-processed where they are read, so not once more per batch."""
         callbacks = super().configure_callbacks()
         return [
-            EvaluationPreProcessing(callback) if isinstance(callback, PreProcessor) else callback
-            for callback in (callbacks if isinstance(callbacks, Sequence) else [callbacks])
+            ReleaseOnException(),
+            *(
+                EvaluationPreProcessing(callback) if isinstance(callback, PreProcessor) else callback
+                for callback in (callbacks if isinstance(callbacks, Sequence) else [callbacks])
+            ),
         ]
 
     def configure_optimizers(self) -> OptimizerLRScheduler | None:
-        """Adam with a one-cycle schedule over the steps there really are (Section 4.1); nothing for a closed form.
+        """Adam with a one-cycle schedule over the steps there really are (Section 4.1); for a closed form, no rate.
 
         Raises:
             ValueError: If the trainer has no end in sight.
         """
         if self.embedder is None:
-            return None
+            return SGD([self.nothing], lr=0.0)  # without an optimizer, Lightning's 16-mixed fails
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             msg = "the one-cycle schedule needs to know its end: set max_epochs or max_steps"
@@ -350,7 +355,6 @@ class Cse(AnomalibModule):
             raise ValueError(msg)
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())
-        self.restore_validation()  # if an earlier fit was broken off
         name_unreadable_files(trainer)
         if stage != TrainerFn.FITTING:
             self._random_state = torch.get_rng_state()  # every DataLoader draws from it once, whatever it reads
@@ -396,7 +400,7 @@ class Cse(AnomalibModule):
         A closed form has nothing to step through: one step, that does nothing, leads to the end of training.
         """
         if self._data is None:
-            self._data = TrainingData(
+            data = TrainingData(
                 self._source.dataloader(),
                 self.pre_processor.transform if self.pre_processor else None,
                 synthesis=self.configure_synthesis().to(self.device),
@@ -409,7 +413,8 @@ class Cse(AnomalibModule):
                 num_replicas=self.trainer.world_size,
                 rank=self.trainer.global_rank,
             )
-            self._data.load(self.extract, self.device)
+            data.load(self.extract, self.device)
+            self._data = data
         return self._data.train_dataloader(self._start_epoch) if self.embedder else DataLoader(range(1))  # type: ignore[arg-type]
 
     def extract(self, images: Tensor) -> list[Tensor]:
@@ -738,14 +743,22 @@ class Cse(AnomalibModule):
             self._set_aside = None
 
     def teardown(self, stage: str) -> None:
-        """Let go of the training images; leave the trainer, and torch's random state after scoring, as they were."""
-        self._data = None
+        """Note what was resumed, and release."""
         if stage == TrainerFn.FITTING:
             self._resumed = self.trainer.ckpt_path
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the training images; leave the trainer, and torch's random state after scoring, as they were."""
+        self._data = self._source = None
         self.restore_validation()
-        vars(self.trainer.strategy).pop("process_dataloader", None)  # see name_unreadable_files
-        if stage != TrainerFn.FITTING:
+        trainer = self.trainer
+        vars(trainer.strategy).pop("process_dataloader", None)  # see name_unreadable_files
+        ours = (EvaluationPreProcessing, MidwayPostProcessor, ReleaseOnException)  # or another model would keep them
+        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ours)]  # type: ignore[attr-defined]
+        if self._random_state is not None:
             torch.set_rng_state(self._random_state)
+            self._random_state = None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         """Score a batch of images; anomalib's post-processor takes the thresholds from labelled ones.
@@ -774,6 +787,16 @@ class Cse(AnomalibModule):
         """As in validation."""
         del dataloader_idx
         return self.validation_step(batch, batch_idx)
+
+
+class ReleaseOnException(Callback):
+    """Has Cse release what a run took when it breaks off: Lightning calls ``teardown`` at a regular end alone."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Whatever the exception is."""
+        del trainer, exception
+        if isinstance(pl_module, Cse):
+            pl_module.release()
 
 
 def together(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:

@@ -11,6 +11,8 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from .reading import files_of, read_item
 
+CORRUPT_PROBABILITY = 0.5  # of the second image of a pair (Section 3.2)
+
 
 class Pair(NamedTuple):
     """A defect-free image, the image it is compared with, and whether that one is to be corrupted."""
@@ -65,7 +67,6 @@ class PairSampler(DistributedSampler):
         indices: The images to pair.
         batch_size: Most pairs of a batch.
         seed: Together with the epoch it decides everything drawn.
-        corrupt_probability: Of the second image being corrupted (the paper's 0.5).
         num_replicas, rank: Number of processes, and which one this is.
     """
 
@@ -74,14 +75,12 @@ class PairSampler(DistributedSampler):
         indices: Sequence[int],
         batch_size: int,
         seed: int,
-        corrupt_probability: float = 0.5,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
         super().__init__(indices, num_replicas, rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.indices = indices
         self.batch_size = batch_size
-        self.corrupt_probability = corrupt_probability
 
     def __len__(self) -> int:
         """Number of this process's batches."""
@@ -92,7 +91,7 @@ class PairSampler(DistributedSampler):
         generator = generator_for(self.seed, self.epoch)
         count = len(self.indices)
         second = torch.randint(count, (count,), generator=generator).tolist()
-        corrupt = (torch.rand(count, generator=generator) < self.corrupt_probability).tolist()
+        corrupt = (torch.rand(count, generator=generator) < CORRUPT_PROBABILITY).tolist()
         pairs = [Pair(self.indices[i], self.indices[second[i]], corrupt[i]) for i in super().__iter__()]
         return iter(even_batches(pairs, self.batch_size))
 

@@ -77,12 +77,12 @@ class ExactPreProcessor(PreProcessor):
 
     def __init__(self, transform: Transform | None = None) -> None:
         super().__init__(transform)
-        self.export_transform = exportable(transform) if transform else None
+        if transform:
+            exportable(transform)  # refused here rather than on export
 
-    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore the transform that :meth:`checkpoint_config` described."""
-        super().load_checkpoint_config(config)
-        self.export_transform = exportable(self.transform) if self.transform else None
+    def forward(self, batch: Tensor) -> Tensor:
+        """What the exported model does to images ``(B, C, H, W)``; a checkpoint's transform need not allow it."""
+        return exportable(self.transform)(batch) if self.transform else batch
 
 
 class EvaluationPreProcessing(Callback):

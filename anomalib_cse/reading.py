@@ -23,7 +23,7 @@ def files_of(dataset: Any, index: int) -> list[str]:
         return [f"number {index}"]
     sample = dataset.samples.iloc[index]
     mask = sample.get("mask_path")
-    return [str(sample.image_path), *([mask] if isinstance(mask, str) and mask else [])]
+    return [str(sample.get("image_path", f"number {index}")), *([mask] if isinstance(mask, str) and mask else [])]
 
 
 def is_readable(path: str) -> bool:

@@ -65,7 +65,8 @@ class SynthesisParams:
 
     def to(self, device: torch.device) -> "SynthesisParams":
         """The same parameters on ``device``."""
-        return SynthesisParams(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        waiting = device.type == "cpu"  # what is copied there is read at once
+        return SynthesisParams(*(getattr(self, f.name).to(device, non_blocking=not waiting) for f in fields(self)))
 
     def __getitem__(self, rows: Any) -> "SynthesisParams":
         """The parameters of some of the images."""
@@ -389,7 +390,7 @@ class AnomalySynthesis(v2.Transform):
             rows = (params.kind == index).nonzero().flatten()
             if not len(rows):
                 continue
-            at = rows.to(images.device, non_blocking=True)
+            at = rows.to(images.device)
             drawn, p, chosen = params.operations[rows].cpu(), params[rows].to(images.device), images[at].float()
             if kind == "structural":
                 source = structural(chosen, drawn, p)

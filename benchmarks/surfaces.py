@@ -1,8 +1,8 @@
 """Datasets to compare models on, in MVTec AD's layout: ``SurfaceDemo``'s, and others like them.
 
 The others are one to a folder of photographs, such as DTD's: crops of the first photograph that is large enough, in
-grey, with ``SurfaceDemo``'s drawn defects. The rest of the photographs are linked to in ``other_photographs``, to corrupt
-training images with. Run by ``make bench-surfaces``.
+grey, with ``SurfaceDemo``'s drawn defects. The rest of the photographs are linked to in ``other_photographs``, to
+corrupt training images with. Run by ``make bench-surfaces``.
 """
 
 import argparse

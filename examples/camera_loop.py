@@ -29,11 +29,12 @@ def frames(source: str) -> Iterator[tuple[str, np.ndarray]]:
     """
     if Path(source).is_dir():
         for path in sorted(path for path in Path(source).iterdir() if path.is_file()):
-            image = cv2.imread(str(path), AS_ANOMALIB | cv2.IMREAD_ANYDEPTH)
+            file = np.fromfile(path, np.uint8)  # as imread does not open every name on Windows
+            image = cv2.imdecode(file, AS_ANOMALIB | cv2.IMREAD_ANYDEPTH) if len(file) else None
             if image is None:
                 raise SystemExit(f"{path} is no image that OpenCV reads: take it out of the folder")
-            if image.dtype == np.uint16 and cv2.imread(str(path), cv2.IMREAD_UNCHANGED).ndim == 3:
-                image = cv2.imread(str(path), AS_ANOMALIB)  # of 16-bit colours both take the upper 8 bits
+            if image.dtype == np.uint16 and cv2.imdecode(file, cv2.IMREAD_UNCHANGED).ndim == 3:
+                image = cv2.imdecode(file, AS_ANOMALIB)  # of 16-bit colours both take the upper 8 bits
             if image.dtype != np.uint8:
                 raise SystemExit(
                     f"{path} has {image.dtype} pixels, which OpenCV and anomalib scale differently: "

@@ -5,14 +5,13 @@ import shutil
 import cv2
 import numpy as np
 import pytest
-import torch
 from anomalib.data import Folder, MVTec
 from anomalib.data.utils import DownloadInfo
 from anomalib.engine import Engine
 
 from anomalib_cse import Cse
 
-from tiny import QUIET, TINY
+from tiny import LINEAR, QUIET, TINY
 
 
 def surface(rng, defect=False):
@@ -50,22 +49,24 @@ def train(data, results, **options):
         (1, {"holdout_ratio": 0}),
         (2, {"batch_size": 1, "image_size": (16, 16), "layers": (3,)}),  # BatchNorm with one pair of one position
         (2, {"num_centres": 32}),  # as many as there are embeddings
+        *((count, LINEAR) for count in (1, 2, 3)),  # one has no other half, three are too few to try
     ],
     ids=str,
 )
 def test_very_few_images(count, options, tmp_path):
     model, engine = train(folder(tmp_path / "data", count), tmp_path, **options)
-    assert model.model.centres.isfinite().all()
+    assert model.model.fitted
     assert model.post_processor.image_threshold.isfinite()
     [batch] = engine.predict(model, data_path=tmp_path / "data" / "defect" / "0.png")
     assert batch.pred_score.isfinite()
 
 
+@pytest.mark.parametrize("arguments", [{"num_centres": 2}, LINEAR], ids=["network", "linear"])
 @pytest.mark.parametrize(("count", "options"), [(6, {"alike": True}), (20, {"defective": 2})])
-def test_images_all_alike_and_a_few_defective_ones_among_them(count, options, tmp_path):
+def test_images_all_alike_and_a_few_defective_ones_among_them(count, options, arguments, tmp_path):
     data = folder(tmp_path / "data", count, **options)
-    model, engine = train(data, tmp_path, num_centres=2)
-    assert model.model.centres.isfinite().all()
+    model, engine = train(data, tmp_path, **arguments)
+    assert model.model.fitted
     [metrics] = engine.test(model, datamodule=data)
     assert metrics["image_AUROC"] == 1
 
@@ -155,10 +156,13 @@ def test_a_download_that_was_broken_off_is_made_again(tmp_path, texture_folder, 
     assert [file.name for file in (tmp_path / "downloaded").rglob("*.jpg")] == ["first.jpg"]
 
 
-def test_black_images(tmp_path):
+@pytest.mark.parametrize("arguments", [TINY, LINEAR], ids=["network", "linear"])
+def test_black_images(arguments, tmp_path):
     """Positions of the inside all have one embedding."""
     data = folder(tmp_path / "data", 4)
     for file in (tmp_path / "data" / "good").iterdir():
         cv2.imwrite(str(file), np.zeros((72, 96, 3), np.uint8))
-    model, _ = train(data, tmp_path)
-    assert torch.allclose(model.model.centres.norm(dim=1), torch.ones(1))
+    model, engine = train(data, tmp_path, **arguments)
+    assert model.model.fitted
+    [batch] = engine.predict(model, data_path=tmp_path / "data" / "good" / "0.png")
+    assert batch.pred_score.isfinite()

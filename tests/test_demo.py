@@ -38,3 +38,11 @@ def test_the_same_images_every_time(tmp_path):
 def test_unknown_category():
     with pytest.raises(ValueError, match="category must be one of"):
         SurfaceDemo(category="wood")
+
+
+def test_a_disk_that_is_full_leaves_no_dataset(tmp_path, monkeypatch):
+    whole = cv2.imwrite
+    monkeypatch.setattr(cv2, "imwrite", lambda path, image: "hole" not in path and whole(path, image))
+    for _ in range(2):  # the second time, too
+        with pytest.raises(OSError, match=r"hole.000\.png cannot be written"):
+            SurfaceDemo(root=tmp_path, category="gravel").prepare_data()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 
 from anomalib_cse import Cse
 
-from tiny import QUIET, TINY
+from tiny import LINEAR, QUIET, TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is of Pillow's mode")
 
@@ -59,18 +59,17 @@ def datamodule(folder):
     return Folder("images", normal_dir=folder, val_split_mode="none", test_split_mode="none", num_workers=0)
 
 
-@pytest.fixture(scope="module")
-def trained(images, tmp_path_factory):
+@pytest.fixture(scope="module", params=[LINEAR, TINY], ids=["linear", "network"])
+def trained(request, images, tmp_path_factory):
     """A model trained with all of them."""
-    model = Cse(**TINY)
+    model = Cse(**request.param)
     engine = Engine(max_epochs=1, default_root_dir=tmp_path_factory.mktemp("results"), **UNVALIDATED)
     engine.fit(model, datamodule=datamodule(images))
     return model
 
 
 def test_what_anomalib_reads_trains_and_has_a_finite_score(images, trained, tmp_path):
-    assert trained.best_loss.isfinite()
-    assert trained.model.centres.isfinite().all()
+    assert trained.model.fitted
     batches = Engine(default_root_dir=tmp_path, **UNVALIDATED).predict(trained, data_path=images)
     assert sum(len(batch.pred_score) for batch in batches) == len(READABLE) + 1
     for batch in batches:
@@ -98,7 +97,7 @@ def test_images_of_more_than_eight_bits_are_warned_of(trained, tmp_path):
 class OwnFiles(torch.utils.data.Dataset):
     """Images that are not kept as anomalib's datasets keep them."""
 
-    samples = pd.DataFrame({"frame": [0]})
+    samples = pd.DataFrame({"frame": range(4)})
 
     def __len__(self):
         return 4
@@ -114,6 +113,17 @@ def test_images_of_the_users_own_without_validation(tmp_path):
     engine.fit(model, train_dataloaders=loader)
     scored = engine.predict(model, dataloaders=DataLoader(OwnFiles(), batch_size=2, collate_fn=ImageBatch.collate))
     assert len(scored) == 2
+
+
+class Dark(OwnFiles):
+    def __getitem__(self, index):
+        return ImageItem(image=torch.full((3, 64, 64), torch.nan if index == 2 else 0.0), image_path=f"{index}.raw")
+
+
+def test_images_of_the_users_own_have_numbers(tmp_path):
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="training image number 2 holds NaN"):
+        engine.fit(Cse(**TINY), train_dataloaders=DataLoader(Dark(), batch_size=2))
 
 
 UNREADABLE = ("truncated_whole.png", "truncated_whole.jpg", "empty.png", "text.png")

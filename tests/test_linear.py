@@ -1,18 +1,22 @@
 """Cse in closed form under anomalib's engine."""
 
+import shutil
+
 import pytest
 import torch
 from anomalib.data import MVTecAD, PredictDataset
 from anomalib.engine import Engine
+from anomalib.models import Patchcore
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from torchvision.transforms.v2 import ColorJitter, Compose, Resize, Transform
+from lightning.pytorch.plugins import MixedPrecision
+from torchvision.transforms.v2 import CenterCrop, ColorJitter, Compose, Resize, Transform
 
 from anomalib_cse import Cse, lightning_model
 from anomalib_cse.training_data import TrainingData
 
-from tiny import LINEAR, QUIET
+from tiny import LINEAR, QUIET, TINY
 
 
 def fit(root, results, callbacks=None, workers=0, epochs=3, ckpt_path=None, **options):
@@ -128,10 +132,11 @@ def test_a_checkpoint_of_other_arguments_is_refused(name, value, whole, mvtec_ro
         )
 
 
-def test_a_checkpoint_brings_its_size_and_levels_along(mvtec_root, tmp_path):
+@pytest.mark.parametrize("transform", [Resize((70, 61)), Compose([Resize(70), CenterCrop((64, 61))])], ids=str)
+def test_a_checkpoint_brings_its_size_and_levels_along(transform, mvtec_root, tmp_path):
     options = {name: value for name, value in LINEAR.items() if name not in ("image_size", "layers")}
     data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
-    model = Cse(**options, pre_processor=PreProcessor(Resize((70, 61))))
+    model = Cse(**options, pre_processor=PreProcessor(transform))
     engine = Engine(default_root_dir=tmp_path, **QUIET)
     engine.fit(model, datamodule=data)
     images = mvtec_root / "tiny" / "test" / "square"
@@ -189,3 +194,64 @@ def test_parameters_stay_in_32_bits(precision, mvtec_root, tmp_path):
     data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
     with pytest.raises(ValueError, match=f"precision must be 32-true, 16-mixed or bf16-mixed, got {precision}"):
         engine.fit(Cse(**LINEAR), datamodule=data)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": "bf16-mixed"}, {"plugins": [MixedPrecision("16-mixed", "cpu")]}],  # a processor's is bfloat16 too
+    ids=["bf16-mixed", "16-mixed"],
+)
+@pytest.mark.parametrize("embedder", ["linear", "network"])
+def test_mixed_precision_finds_white_squares(embedder, options, mvtec_root, tmp_path):
+    model = Cse(**{**LINEAR, "embedder": embedder})
+    engine = Engine(max_epochs=6, default_root_dir=tmp_path, **options, **QUIET)
+    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    engine.fit(model, datamodule=data)
+    [metrics] = engine.test(model, datamodule=data)
+    assert metrics["image_AUROC"] == 1
+    assert all(value.dtype == torch.float32 for value in model.parameters())
+
+
+@pytest.mark.parametrize("arguments", [LINEAR, TINY], ids=["linear", "network"])
+@pytest.mark.parametrize(("broken", "same"), [("train/good", True), ("ground_truth/square", False)])
+def test_a_fit_that_broke_off_leaves_nothing_behind(broken, same, arguments, mvtec_root, tmp_path):
+    """The engine goes on as a new one would, with the same model or with another."""
+    shutil.copytree(mvtec_root, tmp_path / "data")
+    file = max((tmp_path / "data" / "tiny" / broken).iterdir())
+    shutil.copy(file, tmp_path / "whole.png")
+    file.write_bytes(file.read_bytes()[:100])
+
+    def data():
+        return MVTecAD(root=tmp_path / "data", category="tiny", num_workers=0)
+
+    model, engine = Cse(**arguments), Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match=rf"(image|mask) \S*{file.name} cannot be read"):
+        engine.fit(model, datamodule=data())
+    if same:
+        file.unlink()
+    else:
+        model = Cse(**arguments)
+        shutil.copy(tmp_path / "whole.png", file)
+    engine.fit(model, datamodule=data())
+    fresh = Cse(**arguments)
+    Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(fresh, datamodule=data())
+    assert fresh.post_processor.image_threshold.isfinite()
+    assert_equal(model, fresh)
+
+
+def test_the_next_model_of_an_engine_has_its_own_pre_processing_alone(mvtec_root, tmp_path):
+    _, engine = fit(mvtec_root, tmp_path)
+    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    whole = PreProcessor(Resize((72, 96)))
+    other = Patchcore("test_resnet", ["layer3"], pre_trained=False, pre_processor=whole, visualizer=False)
+    fresh = Engine(default_root_dir=tmp_path, **QUIET)
+    fresh.fit(other, datamodule=data)
+    images = mvtec_root / "tiny" / "test" / "square"
+    expected, found = ([b.pred_score.tolist() for b in e.predict(other, data_path=images)] for e in (fresh, engine))
+    assert found == expected
+
+
+def test_an_export_to_torch_holds_nothing_of_the_training_images(whole, mvtec_root, tmp_path):
+    model, engine = whole
+    file = engine.export(model, "torch", export_root=tmp_path)
+    assert str(mvtec_root).encode() not in file.read_bytes()

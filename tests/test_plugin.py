@@ -143,11 +143,18 @@ def test_arrows_point_one_way():
                 yield node.module.split(".")[0] if node.level == 0 else f".{node.module}"
 
     library = {"torch", "torchvision", "PIL", ".perlin", ".colour", ".checks"}
-    for module in ("loss", "synthesis", "perlin", "colour", "textures", "resize", "checks"):
+    for module in ("loss", "synthesis", "perlin", "colour", "textures", "resize", "checks", "gaussian"):
         assert {m for m in imported(module) if m not in sys.stdlib_module_names} <= library
     assert set(imported("plugin")) <= {"sys", "importlib", "warnings", "lightning"}  # all but sys inside functions
     assert {m for m in imported("torch_model") if m.startswith(".")} == {".backbone", ".checks", ".resize"}
-    assert not {"lightning", "sklearn"} & {*imported("torch_model"), *imported("backbone")}
+    models = {".gaussian", ".gaussian_model", ".torch_model", ".backbone", ".checks", ".resize"}
+    assert {m for m in (*imported("gaussian_model"), *imported("gaussian_fit")) if m.startswith(".")} <= models
+    for module in ("torch_model", "gaussian_model", "gaussian_fit", "backbone"):
+        assert "lightning" not in imported(module)
+    for module in ("torch_model", "gaussian_model", "backbone"):
+        assert "sklearn" not in imported(module)
+    for file in Path(anomalib_cse.__file__).parent.glob("*.py"):
+        assert file.stem == "__init__" or ".lightning_model" not in imported(file.stem)
 
 
 def test_seed_everything_seeds_the_command_line():

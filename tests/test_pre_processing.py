@@ -34,3 +34,7 @@ def test_exported_transform_is_restored_from_a_checkpoint():
 def test_a_resize_that_cannot_be_exported_exactly_is_refused(resize):
     with pytest.raises(ValueError, match="bilinear and antialiased"):
         ExactPreProcessor(resize)
+    restored = ExactPreProcessor()
+    restored.load_checkpoint_config(PreProcessor(resize).checkpoint_config())  # to score with, not to export
+    with pytest.raises(ValueError, match="bilinear and antialiased"):
+        restored(torch.rand(1, 3, 100, 100))

@@ -58,7 +58,13 @@ def test_pairs_of_an_epoch():
     assert pairs == pairs_of(sampler)
     sampler.set_epoch(1)
     assert pairs != pairs_of(sampler)
-    assert not any(p.corrupt for p in pairs_of(PairSampler(range(100), 8, seed=3, corrupt_probability=0.0)))
+
+
+def test_a_training_step_in_16_bits_paints_the_defects_of_one_in_32():
+    data, images = training_data(), torch.rand(16, 3, 64, 64)
+    expected = data.corrupt(images, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(data.corrupt(images, 1), expected)
 
 
 @pytest.mark.parametrize(("count", "processes", "share"), [(10, 3, 4), (2, 5, 1)])

@@ -303,14 +303,15 @@ class Cse(AnomalibModule):
             ),
         ]
 
-    def configure_optimizers(self) -> OptimizerLRScheduler | None:
-        """Adam with a one-cycle schedule over the steps there really are (Section 4.1); for a closed form, no rate.
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam with a one-cycle schedule over the steps there really are (Section 4.1); a rate of 0 for a closed form.
 
         Raises:
             ValueError: If the trainer has no end in sight.
         """
         if self.embedder is None:
-            return SGD([self.nothing], lr=0.0)  # without an optimizer, Lightning's 16-mixed fails
+            # without an optimizer Lightning's 16-mixed fails
+            return SGD((p for p in self.parameters() if p.requires_grad), lr=0.0)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             msg = "the one-cycle schedule needs to know its end: set max_epochs or max_steps"

@@ -347,8 +347,8 @@ class Cse(AnomalibModule):
         """Take charge of the training images: pairs and the hold-out cannot be had from shuffled batches.
 
         Raises:
-            ValueError: If there are no training images, or there is to be validation without any data, or the trainer's
-                precision is not one of those that keep parameters in 32 bits.
+            ValueError: If there are no training images, or there is to be validation without any data, the trainer's
+                precision is not one of those that keep parameters in 32 bits, or an earlier run has used up max_steps.
         """
         trainer = self.trainer
         if trainer.precision not in PRECISIONS:
@@ -356,6 +356,8 @@ class Cse(AnomalibModule):
             raise ValueError(msg)
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())
+        # of another model that had this trainer; its other callbacks Lightning replaces by ours
+        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, PreProcessor)]  # type: ignore[attr-defined]
         name_unreadable_files(trainer)
         if stage != TrainerFn.FITTING:
             self._random_state = torch.get_rng_state()  # every DataLoader draws from it once, whatever it reads
@@ -371,6 +373,11 @@ class Cse(AnomalibModule):
                 f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
             )
             raise ValueError(msg)
+        if trainer.ckpt_path is None:
+            if trainer.max_steps != -1 and trainer.global_step:
+                msg = f"this trainer has made {trainer.global_step} steps of its max_steps: take a new Engine"
+                raise ValueError(msg)
+            trainer.fit_loop.epoch_progress.reset()  # or an earlier run's epochs would count
         self.best_loss.fill_(torch.inf)
         self.model.forget()  # what was fitted to other images or another embedder
         self.fit_seed.fill_(trainer.strategy.broadcast(self.effective_seed))

@@ -1,6 +1,5 @@
 """Resizing that survives export: the exported graph computes what ``engine.predict`` computes."""
 
-import copy
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def exportable(transform: Transform) -> nn.Module:
             msg = f"export needs Resize((height, width)), bilinear and antialiased, got {transform}"
             raise ValueError(msg)
         return ExactResize(tuple(transform.size))
-    return copy.deepcopy(transform)
+    return transform
 
 
 def fixed_size(transform: Transform | None) -> tuple[int, int]:
@@ -81,8 +80,10 @@ class ExactPreProcessor(PreProcessor):
             exportable(transform)  # refused here rather than on export
 
     def forward(self, batch: Tensor) -> Tensor:
-        """What the exported model does to images ``(B, C, H, W)``; a checkpoint's transform need not allow it."""
-        return exportable(self.transform)(batch) if self.transform else batch
+        """Transform images ``(B, C, H, W)``, while they are traced for export in the form that exports."""
+        if self.transform is None:
+            return batch
+        return exportable(self.transform)(batch) if torch.compiler.is_compiling() else self.transform(batch)
 
 
 class EvaluationPreProcessing(Callback):

@@ -65,8 +65,8 @@ class SynthesisParams:
 
     def to(self, device: torch.device) -> "SynthesisParams":
         """The same parameters on ``device``."""
-        waiting = device.type == "cpu"  # what is copied there is read at once
-        return SynthesisParams(*(getattr(self, f.name).to(device, non_blocking=not waiting) for f in fields(self)))
+        there = device.type != "cpu"  # where what is copied is read in order
+        return SynthesisParams(*(getattr(self, f.name).to(device, non_blocking=there) for f in fields(self)))
 
     def __getitem__(self, rows: Any) -> "SynthesisParams":
         """The parameters of some of the images."""

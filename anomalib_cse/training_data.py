@@ -203,7 +203,7 @@ class TrainingData:
     def corrupt(self, images: Tensor, *seeds: int) -> Tensor:
         """Paint defects into all ``images`` ``(R, 3, H, W)``."""
         # a training step may be in 16 bits: these would be other defects than the held-out ones
-        with torch.autocast(images.device.type, enabled=False), torch.autocast("cpu", enabled=False):
+        with torch.autocast(images.device.type, enabled=False):
             return self.synthesis.apply(images, self.synthesis.sample(images.shape, generator_for(self.seed, *seeds)))
 
     def new_features(self, batch: PairBatch, *seeds: int) -> list[Tensor]:

@@ -212,6 +212,14 @@ def test_mixed_precision_finds_white_squares(embedder, options, mvtec_root, tmp_
     assert all(value.dtype == torch.float32 for value in model.parameters())
 
 
+def test_steps_of_an_earlier_run_are_not_counted_in_silence(mvtec_root, tmp_path):
+    engine = Engine(max_steps=1, default_root_dir=tmp_path, **QUIET)
+    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    engine.fit(Cse(**LINEAR), datamodule=data)
+    with pytest.raises(ValueError, match="this trainer has made 1 steps of its max_steps: take a new Engine"):
+        engine.fit(Cse(**LINEAR), datamodule=data)
+
+
 @pytest.mark.parametrize("arguments", [LINEAR, TINY], ids=["linear", "network"])
 @pytest.mark.parametrize(("broken", "same"), [("train/good", True), ("ground_truth/square", False)])
 def test_a_fit_that_broke_off_leaves_nothing_behind(broken, same, arguments, mvtec_root, tmp_path):
@@ -233,14 +241,17 @@ def test_a_fit_that_broke_off_leaves_nothing_behind(broken, same, arguments, mvt
         model = Cse(**arguments)
         shutil.copy(tmp_path / "whole.png", file)
     engine.fit(model, datamodule=data())
+    next_one = Cse(**arguments)
+    engine.fit(next_one, datamodule=data())
     fresh = Cse(**arguments)
     Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(fresh, datamodule=data())
     assert fresh.post_processor.image_threshold.isfinite()
     assert_equal(model, fresh)
+    assert_equal(next_one, fresh)
 
 
 def test_the_next_model_of_an_engine_has_its_own_pre_processing_alone(mvtec_root, tmp_path):
-    _, engine = fit(mvtec_root, tmp_path)
+    model, engine = fit(mvtec_root, tmp_path)
     data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
     whole = PreProcessor(Resize((72, 96)))
     other = Patchcore("test_resnet", ["layer3"], pre_trained=False, pre_processor=whole, visualizer=False)
@@ -248,6 +259,8 @@ def test_the_next_model_of_an_engine_has_its_own_pre_processing_alone(mvtec_root
     fresh.fit(other, datamodule=data)
     images = mvtec_root / "tiny" / "test" / "square"
     expected, found = ([b.pred_score.tolist() for b in e.predict(other, data_path=images)] for e in (fresh, engine))
+    assert found == expected
+    expected, found = ([b.pred_score.tolist() for b in e.predict(model, data_path=images)] for e in (engine, fresh))
     assert found == expected
 
 

@@ -253,14 +253,15 @@ def test_a_fit_that_broke_off_leaves_nothing_behind(broken, same, arguments, mvt
 def test_the_next_model_of_an_engine_has_its_own_pre_processing_alone(mvtec_root, tmp_path):
     model, engine = fit(mvtec_root, tmp_path)
     data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
-    whole = PreProcessor(Resize((72, 96)))
-    other = Patchcore("test_resnet", ["layer3"], pre_trained=False, pre_processor=whole, visualizer=False)
+    smaller = PreProcessor(Resize((48, 64)))
+    other = Patchcore("test_resnet", ["layer3"], pre_trained=False, pre_processor=smaller, visualizer=False)
     fresh = Engine(default_root_dir=tmp_path, **QUIET)
     fresh.fit(other, datamodule=data)
     images = mvtec_root / "tiny" / "test" / "square"
     expected, found = ([b.pred_score.tolist() for b in e.predict(other, data_path=images)] for e in (fresh, engine))
     assert found == expected
-    expected, found = ([b.pred_score.tolist() for b in e.predict(model, data_path=images)] for e in (engine, fresh))
+    own = Engine(default_root_dir=tmp_path, **QUIET)
+    expected, found = ([b.pred_score.tolist() for b in e.predict(model, data_path=images)] for e in (own, engine))
     assert found == expected
 
 

@@ -356,8 +356,7 @@ class Cse(AnomalibModule):
             raise ValueError(msg)
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())
-        # of another model that had this trainer; its other callbacks Lightning replaces by ours
-        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, PreProcessor)]  # type: ignore[attr-defined]
+        take_out(trainer, PreProcessor)  # of another model; its other callbacks Lightning replaces by ours
         name_unreadable_files(trainer)
         if stage != TrainerFn.FITTING:
             self._random_state = torch.get_rng_state()  # every DataLoader draws from it once, whatever it reads
@@ -762,8 +761,7 @@ class Cse(AnomalibModule):
         self.restore_validation()
         trainer = self.trainer
         vars(trainer.strategy).pop("process_dataloader", None)  # see name_unreadable_files
-        ours = (EvaluationPreProcessing, MidwayPostProcessor, ReleaseOnException)  # or another model would keep them
-        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, ours)]  # type: ignore[attr-defined]
+        take_out(trainer, EvaluationPreProcessing, MidwayPostProcessor, ReleaseOnException)  # or other models keep them
         if self._random_state is not None:
             torch.set_rng_state(self._random_state)
             self._random_state = None
@@ -805,6 +803,11 @@ class ReleaseOnException(Callback):
         del trainer, exception
         if isinstance(pl_module, Cse):
             pl_module.release()
+
+
+def take_out(trainer: pl.Trainer, *kinds: type[Callback]) -> None:
+    """Leave a trainer without callbacks of some kinds: Lightning keeps those of an earlier model."""
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, kinds)]  # type: ignore[attr-defined]
 
 
 def together(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:

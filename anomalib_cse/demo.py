@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,12 @@ def crop(photograph: Image, rows: slice, rng: Generator) -> Image:
     return photograph[top : top + CROP, left : left + CROP]
 
 
-def write_dataset(folder: Path, photograph: Image, rng: Generator) -> None:
+def write_dataset(folder: Path, cut: Callable[[slice, Generator], Image], rng: Generator) -> None:
     """Cut and draw a dataset in MVTec AD's layout.
 
     Args:
         folder: Where to; it is complete once it exists.
-        photograph: ``(512, 512)`` uint8.
+        cut: Returns a good image ``(160, 160)`` uint8, out of some rows of photographs ``(512, 512)``.
         rng: Source of randomness.
 
     Raises:
@@ -111,12 +112,12 @@ def write_dataset(folder: Path, photograph: Image, rng: Generator) -> None:
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     for number in range(TRAIN_COUNT):
-        write(crop(photograph, TRAIN_ROWS, rng), "train", "good", f"{number:03}.png")
+        write(cut(TRAIN_ROWS, rng), "train", "good", f"{number:03}.png")
     for number in range(GOOD_COUNT):
-        write(crop(photograph, TEST_ROWS, rng), "test", "good", f"{number:03}.png")
+        write(cut(TEST_ROWS, rng), "test", "good", f"{number:03}.png")
     for name, draw in DEFECTS.items():
         for number in range(DEFECT_COUNT):
-            image, mask = draw(crop(photograph, TEST_ROWS, rng), rng)
+            image, mask = draw(cut(TEST_ROWS, rng), rng)
             write(image, "test", name, f"{number:03}.png")
             write(mask, "ground_truth", name, f"{number:03}_mask.png")
     unfinished.rename(folder)
@@ -156,4 +157,5 @@ class SurfaceDemo(MVTecAD):
         folder = Path(self.root) / self.category
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            write_dataset(folder, getattr(data, self.category)(), default_rng(CATEGORIES.index(self.category)))
+            photograph = getattr(data, self.category)()
+            write_dataset(folder, partial(crop, photograph), default_rng(CATEGORIES.index(self.category)))

@@ -1,17 +1,20 @@
 """Datasets to compare models on, in MVTec AD's layout: ``SurfaceDemo``'s, and others like them.
 
 The others are one to a folder of photographs, such as DTD's: crops of the first photograph that is large enough, in
-grey, with ``SurfaceDemo``'s drawn defects. The rest of the photographs are linked to in ``other_photographs``, to
-corrupt training images with. Run by ``make bench-surfaces``.
+grey, with ``SurfaceDemo``'s drawn defects. Of the same photographs simulated parts are made (``parts.py``). The rest of
+them are linked to in ``other_photographs``, to corrupt training images with. Run by ``make bench-surfaces``.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from anomalib_cse.demo import CATEGORIES, SurfaceDemo, write_dataset
+from anomalib_cse.demo import CATEGORIES, SurfaceDemo, crop, write_dataset
+
+from parts import write_parts
 
 SIDE = 512  # of a photograph, as write_dataset takes it
 SMALLEST = 480  # shorter side of those that are large enough
@@ -27,23 +30,26 @@ def squared(photograph: np.ndarray) -> np.ndarray:
 
 
 def write_others(photographs: Path, output: Path) -> None:
-    """Write a dataset for every folder that has a photograph large enough, and say which it is.
+    """Write a dataset for every folder that has a photograph large enough, saying which it is, and those of parts.
 
     Raises:
         SystemExit: If none is, or one cannot be read.
     """
     files = sorted(photographs.resolve().rglob("*.jpg"))
     chosen: dict[str, Path] = {}
+    shown = []
     for file in files:
         photograph = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
         if photograph is None:
             raise SystemExit(f"{file} is no image that OpenCV reads: take it out of the folder")
         if file.parent.name not in chosen and min(photograph.shape) >= SMALLEST:
             chosen[file.parent.name] = file
-            write_dataset(output / file.parent.name, squared(photograph), np.random.default_rng(len(chosen)))
+            shown.append(squared(photograph))
+            write_dataset(output / file.parent.name, partial(crop, shown[-1]), np.random.default_rng(len(chosen)))
             print(f"{file.parent.name}: {file.name}")
     if not chosen:
         raise SystemExit(f"no .jpg of {SMALLEST} pixels and more to a side in folders of {photographs}")
+    write_parts(shown, output)
     for file in files:
         if file not in chosen.values():
             link = output / "other_photographs" / file.parent.name / file.name

@@ -112,6 +112,9 @@ VARIANTS: dict[str, Variant] = {
     "one covariance for all positions": ("256", {}, {(gaussian_fit, "try_both"): in_common}),
     "positions' own covariances": ("256", {}, OWN),
     **{f"own covariances, prior of {n} images": ("256", {}, {**OWN, (gaussian_fit, "PRIOR"): n}) for n in (3, 30, 100)},
+    "own covariances, layers 2, 3": ("256", {"layers": (2, 3)}, OWN),
+    "own covariances, layer 3": ("256", {"layers": (3,)}, OWN),
+    "own covariances, 128 directions": ("256", {"embedding_dim": 128}, OWN),
     **{
         f"a covariance to cells of {n} pixels": ("256", {}, {**OWN, (gaussian_model, "GaussianMap"): in_cells(n)})
         for n in (16, 32)

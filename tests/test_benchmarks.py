@@ -225,14 +225,15 @@ def test_surfaces_are_the_first_photographs_that_are_large_enough(compare, tmp_p
         for name, shape in shapes.items():
             image = rng.integers(0, 256, shape, dtype=np.uint8)
             cv2.imwrite(str(tmp_path / "photographs" / kind / f"{name}.jpg"), image)
-    surfaces = importlib.import_module("surfaces")
+    surfaces, parts = (importlib.import_module(name) for name in ("surfaces", "parts"))
     arguments = ["--photographs", str(tmp_path / "photographs"), "--output", str(tmp_path / "output")]
     monkeypatch.setattr("sys.argv", ["surfaces.py", *arguments])
     surfaces.main()
     assert capsys.readouterr().out.split() == ["a:", "2.jpg", "b:", "1.jpg"]
     others = tmp_path / "output" / "other_photographs"
     assert {str(file.relative_to(others)) for file in others.rglob("*.jpg")} == {"a/1.jpg", "a/3.jpg", "c/1.jpg"}
-    assert {path.name for path in others.parent.iterdir()} == {"a", "b", "brick", "grass", "gravel", others.name}
+    sets = {path.name for path in others.parent.iterdir()}
+    assert sets == {"a", "b", "brick", "grass", "gravel", others.name, *parts.PARTS}
     cut, small = (cv2.imread(str(tmp_path / "photographs" / kind), 0) for kind in ("b/1.jpg", "a/2.jpg"))
     enlarged = cv2.resize(small, (640, 512), interpolation=cv2.INTER_CUBIC)
     for kind, whole in (("b", cut[9:521, 4:516]), ("a", enlarged[:, 64:576])):
@@ -243,3 +244,21 @@ def test_surfaces_are_the_first_photographs_that_are_large_enough(compare, tmp_p
     with pytest.raises(SystemExit):
         surfaces.main()
     assert f"{tmp_path / 'output'} exists" in capsys.readouterr().err
+
+
+def test_regions_of_parts_lie_about_where_they_belong_and_show_crops_of_photographs(compare):
+    parts = importlib.import_module("parts")
+    rng = np.random.default_rng(0)
+    flat = np.full((512, 512), 90, np.uint8)
+    noise = rng.choice(np.array([0, 200], np.uint8), (512, 512))
+    layout = [(parts.EVERYWHERE, 60), (parts.box(320, 160, 480, 480), 150)]
+    images = np.stack([parts.photograph_part(layout, [flat, noise], slice(0, 320), rng) for _ in range(60)])
+    assert images.shape == (60, 160, 160)
+    inside, outside = images[:, 45:115, 85:115], images[:, 5:155, 5:75]
+    assert abs(inside.mean() - 150) < 3
+    assert abs(outside.mean() - 60) < 2
+    assert abs(inside.std(axis=0).mean() - np.hypot(parts.CONTRAST * 100, 0.03 * 150)) < 2
+    assert outside.std(axis=0).mean() < 4
+    edges = (images[:, 80].astype(int) > 75).argmax(axis=1)
+    assert abs(edges.mean() - 80) < 1
+    assert 0.5 < edges.std() < 2

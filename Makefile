@@ -55,7 +55,7 @@ bench-compare: install
 bench-variants: install
 	$(BIN)/python benchmarks/variants.py --root $(DATA) $(ARGS)
 
-# ARGS="--output ROOT": SurfaceDemo's sets for bench-compare; with "--photographs DTD" others like them too
+# ARGS="--output ROOT": SurfaceDemo's sets for bench-compare; with "--photographs DTD" others like them and parts too
 bench-surfaces: install
 	$(BIN)/python benchmarks/surfaces.py $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Simulated parts, whose positions differ: regions that lie alike in every image and show what photographs show.
+"""Simulated parts: regions that have their place in every image and show crops of photographs.
 
 Written by ``surfaces.py``, beside its surfaces.
 """
@@ -13,29 +13,29 @@ from numpy.random import Generator, default_rng
 
 from anomalib_cse.demo import CROP, Image, crop, write_dataset
 
-FINER = 4  # layouts are drawn with as many pixels to one of an image
+FINER = 4  # pixels of a layout to one of an image, along either axis
 CONTRAST = 0.35  # of the photographs
 
-Drawing = Callable[[Image], Image]
-Region = tuple[Drawing, float]  # draws 255 where it is, on 640x640 pixels; its mean grey value
+Shape = Callable[[Image], Image]
+Region = tuple[Shape, float]  # draws 255 where it is, on 640x640 pixels; its mean grey value
 
 
-def disc(x: int, y: int, radius: int) -> Drawing:
+def disc(x: int, y: int, radius: int) -> Shape:
     """A filled circle."""
     return partial(cv2.circle, center=(x, y), radius=radius, color=255, thickness=-1)
 
 
-def box(left: int, top: int, right: int, bottom: int) -> Drawing:
+def box(left: int, top: int, right: int, bottom: int) -> Shape:
     """A filled rectangle."""
     return partial(cv2.rectangle, pt1=(left, top), pt2=(right, bottom), color=255, thickness=-1)
 
 
-def polygon(*corners: tuple[int, int]) -> Drawing:
+def polygon(*corners: tuple[int, int]) -> Shape:
     """A filled polygon."""
     return partial(cv2.fillPoly, pts=[np.array(corners, np.int32)], color=255)
 
 
-def letters(text: str, x: int, y: int) -> Drawing:
+def letters(text: str, x: int, y: int) -> Shape:
     """Printed letters."""
     return partial(
         cv2.putText, text=text, org=(x, y), fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=3, color=255, thickness=10

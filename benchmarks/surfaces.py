@@ -1,8 +1,8 @@
 """Datasets to compare models on, in MVTec AD's layout: ``SurfaceDemo``'s, and others like them.
 
 The others are one to a folder of photographs, such as DTD's: crops of the first photograph that is large enough, in
-grey, with ``SurfaceDemo``'s drawn defects. Of the same photographs simulated parts are made (``parts.py``). The rest of
-them are linked to in ``other_photographs``, to corrupt training images with. Run by ``make bench-surfaces``.
+grey, with ``SurfaceDemo``'s drawn defects. Of the same photographs simulated parts are made (``parts.py``). Those that
+are left are linked to in ``other_photographs``, to corrupt training images with. Run by ``make bench-surfaces``.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from anomalib_cse.demo import CATEGORIES, SurfaceDemo, crop, write_dataset
 
 from parts import write_parts
 
-SIDE = 512  # of a photograph, as write_dataset takes it
+SIDE = 512  # of a photograph, whose rows write_dataset cuts from
 SMALLEST = 480  # shorter side of those that are large enough
 
 
@@ -61,7 +61,9 @@ def main() -> None:
     """Write what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--photographs", type=Path, help="folder with a folder for each kind (DTD's), for the others")
+    parser.add_argument(
+        "--photographs", type=Path, help="folder with a folder for each kind (DTD's), for others and parts"
+    )
     options = parser.parse_args()
     if options.output.exists():
         parser.error(f"{options.output} exists: give a new folder")

@@ -71,6 +71,8 @@ def main() -> None:
         parser.error(f"--threshold must be in [0, 1], got {options.threshold}")
     if not Path(options.model).is_file():
         parser.error(f"{options.model} is no file: give the model.xml that anomalib export wrote")
+    if Path(options.model).suffix != ".xml":  # which alone tells OpenVINO not to round
+        parser.error(f"{options.model} is no .xml: give OpenVINO's model.xml, not another format that was exported")
     options.rejects.mkdir(parents=True, exist_ok=True)
     # one stream with all cores: in several, OpenVINO 2026.4 gives all images one score with 8-bit weights (INT8)
     hints = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": 1}
@@ -105,7 +107,7 @@ def main() -> None:
         queue.wait_all()
     seconds, number = time.perf_counter() - start, counted["frames"]
     if not number:
-        raise SystemExit(f"{options.source} gave no image")
+        raise SystemExit(f"{options.source} gave no image: subfolders are not looked into")
     print(f"{number} frames in {seconds:.1f} s, {number / seconds:.0f} a second; {counted['rejected']} rejected")
 
 

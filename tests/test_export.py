@@ -349,9 +349,11 @@ def test_the_camera_loop_refuses_what_it_cannot_score(paths, tmp_path):
     empty.mkdir()
     cv2.imwrite(str(deep / "0.png"), np.full((64, 64), 40000, np.uint16))
     (tmp_path / "text.xml").write_text("hello")
+    (tmp_path / "model.onnx").touch()
     cases = {
         r"--threshold must be in \[0, 1\], got 50": [network, empty, "--threshold", "50"],
         "missing.xml is no file": [tmp_path / "missing.xml", empty],
+        "model.onnx is no .xml": [tmp_path / "model.onnx", empty],
         "empty gave no image": [network, empty],
         "text.xml is no model that OpenVINO reads": [tmp_path / "text.xml", empty],
         "0.png has uint16 pixels": [network, deep],

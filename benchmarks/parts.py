@@ -3,8 +3,9 @@
 Written by ``surfaces.py``, beside its surfaces.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import cv2
@@ -16,33 +17,35 @@ from anomalib_cse.demo import CROP, Image, crop, write_dataset
 FINER = 4  # pixels of a layout to one of an image, along either axis
 CONTRAST = 0.35  # of the photographs
 
-Shape = Callable[[Image], Image]
-Region = tuple[Shape, float]  # draws 255 where it is, on 640x640 pixels; its mean grey value
+Region = tuple[Image, float]  # a mask, 255 where it is, on 640x640 pixels; its mean grey value
 
 
-def disc(x: int, y: int, radius: int) -> Shape:
+def blank() -> Image:
+    """The mask of nothing."""
+    return np.zeros((FINER * CROP, FINER * CROP), np.uint8)
+
+
+def disc(x: int, y: int, radius: int) -> Image:
     """A filled circle."""
-    return partial(cv2.circle, center=(x, y), radius=radius, color=255, thickness=-1)
+    return cv2.circle(blank(), (x, y), radius, 255, -1)
 
 
-def box(left: int, top: int, right: int, bottom: int) -> Shape:
+def box(left: int, top: int, right: int, bottom: int) -> Image:
     """A filled rectangle."""
-    return partial(cv2.rectangle, pt1=(left, top), pt2=(right, bottom), color=255, thickness=-1)
+    return cv2.rectangle(blank(), (left, top), (right, bottom), 255, -1)
 
 
-def polygon(*corners: tuple[int, int]) -> Shape:
+def polygon(*corners: tuple[int, int]) -> Image:
     """A filled polygon."""
-    return partial(cv2.fillPoly, pts=[np.array(corners, np.int32)], color=255)
+    return cv2.fillPoly(blank(), [np.array(corners, np.int32)], 255)
 
 
-def letters(text: str, x: int, y: int) -> Shape:
+def letters(text: str, x: int, y: int) -> Image:
     """Printed letters."""
-    return partial(
-        cv2.putText, text=text, org=(x, y), fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=3, color=255, thickness=10
-    )
+    return cv2.putText(blank(), text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 3, 255, 10)
 
 
-EVERYWHERE = box(0, 0, FINER * CROP, FINER * CROP)
+EVERYWHERE = np.full_like(blank(), 255)
 PARTS: dict[str, Sequence[Region]] = {
     "part_washer": [(EVERYWHERE, 60), (disc(320, 320, 270), 150), (disc(320, 320, 100), 60)],
     "part_plate": [
@@ -83,10 +86,8 @@ def photograph_part(layout: Sequence[Region], photographs: Sequence[Image], rows
     move = cv2.getRotationMatrix2D((side / 2, side / 2), rng.normal(0, 1), 1 + rng.normal(0, 0.005))
     move[:, 2] += FINER * rng.normal(0, 1.2, 2)
     image = np.zeros((CROP, CROP))
-    for (draw, grey), photograph in zip(layout, photographs, strict=True):
-        mask = cv2.warpAffine(
-            draw(np.zeros((side, side), np.uint8)), move, (side, side), borderMode=cv2.BORDER_REPLICATE
-        )
+    for (region, grey), photograph in zip(layout, photographs, strict=True):
+        mask = cv2.warpAffine(region, move, (side, side), borderMode=cv2.BORDER_REPLICATE)
         opacity = cv2.resize(mask, (CROP, CROP), interpolation=cv2.INTER_AREA) / 255
         shown = grey + CONTRAST * (crop(photograph, rows, rng) - photograph.mean())
         image = image * (1 - opacity) + shown.clip(0, 255) * opacity
@@ -97,8 +98,7 @@ def photograph_part(layout: Sequence[Region], photographs: Sequence[Image], rows
 
 def write_parts(photographs: Sequence[Image], output: Path) -> None:
     """Write a dataset for every part, of photographs ``(512, 512)`` in turn, with ``SurfaceDemo``'s drawn defects."""
-    first = 0
+    in_turn = cycle(photographs)
     for number, (name, layout) in enumerate(PARTS.items()):
-        shown = [photographs[(first + i) % len(photographs)] for i in range(len(layout))]
-        first += len(layout)
+        shown = list(islice(in_turn, len(layout)))
         write_dataset(output / name, partial(photograph_part, layout, shown), default_rng(number))

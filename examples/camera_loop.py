@@ -62,7 +62,7 @@ def main() -> None:
     """Load the model once, keep it busy, and print scores and rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the exported model.xml")
-    parser.add_argument("source", help="a folder of images, a video file, or a camera's number")
+    parser.add_argument("source", help="a folder of images (not of folders), a video file, or a camera's number")
     parser.add_argument("--threshold", type=float, default=0.5, help="reject what scores above, in [0, 1]")
     rejects = "folder for pictures of what is rejected, ./rejects unless given"
     parser.add_argument("--rejects", type=Path, default=Path("rejects"), help=rejects)
@@ -107,7 +107,7 @@ def main() -> None:
         queue.wait_all()
     seconds, number = time.perf_counter() - start, counted["frames"]
     if not number:
-        raise SystemExit(f"{options.source} gave no image: subfolders are not looked into")
+        raise SystemExit(f"{options.source} gave no image")
     print(f"{number} frames in {seconds:.1f} s, {number / seconds:.0f} a second; {counted['rejected']} rejected")
 
 

@@ -262,3 +262,18 @@ def test_regions_of_parts_lie_about_where_they_belong_and_show_crops_of_photogra
     edges = (images[:, 80].astype(int) > 75).argmax(axis=1)
     assert abs(edges.mean() - 80) < 1
     assert 0.5 < edges.std() < 2
+    upper_dark = np.repeat(np.array([0, 200], np.uint8), [320, 192])[:, None].repeat(512, axis=1)
+    upper, lower = (
+        parts.photograph_part([(parts.EVERYWHERE, 120)], [upper_dark], rows, rng).mean()
+        for rows in (slice(0, 320), slice(320, 512))
+    )
+    assert abs(lower - upper - parts.CONTRAST * 200) < 20
+
+
+def test_parts_show_photographs_in_turn(compare, tmp_path, monkeypatch):
+    parts = importlib.import_module("parts")
+    shown = []
+    monkeypatch.setattr(parts, "write_dataset", lambda folder, cut, rng: shown.append(cut.args[1]))
+    monkeypatch.setattr(parts, "PARTS", {"a": [(None, 0)] * 2, "b": [(None, 0)] * 3})
+    parts.write_parts(["first", "second", "third"], tmp_path)
+    assert shown == [["first", "second"], ["third", "first", "second"]]

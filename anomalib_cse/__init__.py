@@ -1,14 +1,20 @@
-"""CSE, surface anomaly detection with contrastively selected embedding, as a model of anomalib."""
+"""CSE, surface anomaly detection with contrastively selected embedding, as two models of anomalib."""
 
 TYPE_CHECKING = False  # not imported: this package is touched at every start of the interpreter
 if TYPE_CHECKING:
-    from .lightning_model import Cse
+    from .cse import Cse, CseModel
+    from .cse_gaussian import CseGaussian, CseGaussianModel
     from .synthesis import AnomalySynthesis
-    from .torch_model import CseModel
 
-__all__ = ["AnomalySynthesis", "Cse", "CseModel"]
+__all__ = ["AnomalySynthesis", "Cse", "CseGaussian", "CseGaussianModel", "CseModel"]
 
-MODULES = {"AnomalySynthesis": "synthesis", "Cse": "lightning_model", "CseModel": "torch_model"}
+ROOMS = {
+    "AnomalySynthesis": "synthesis",
+    "Cse": "cse",
+    "CseModel": "cse",
+    "CseGaussian": "cse_gaussian",
+    "CseGaussianModel": "cse_gaussian",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -17,13 +23,13 @@ def __getattr__(name: str) -> object:
 
     from .plugin import require_anomalib
 
-    if name not in MODULES:
+    if name not in ROOMS:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
     require_anomalib()
-    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{ROOMS[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """Return the public names."""
     return __all__

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from numbers import Integral, Real
+from pathlib import Path
+
+from torch import Tensor
 
 
 def is_within(value: object, interval: str, *, whole: bool = False) -> bool:
@@ -19,23 +22,8 @@ def check_number(name: str, value: object, interval: str, *, whole: bool = False
         raise ValueError(msg)
 
 
-def check_range(name: str, values: object, interval: str, *, whole: bool = False) -> None:
-    """Raise a ``ValueError`` unless ``values`` are two numbers in ``interval``, the second not below the first."""
-    two = isinstance(values, Sequence) and len(values) == 2
-    if not (two and all(is_within(v, interval, whole=whole) for v in values) and values[0] <= values[1]):  # type: ignore[attr-defined, index]
-        msg = f"{name} must be two increasing {'whole ' if whole else ''}numbers in {interval}, got {values!r}"
-        raise ValueError(msg)
-
-
 def check_size(name: str, size: object, least: int = 1, why: str = "") -> None:
-    """Raise a ``ValueError`` unless ``size`` is a height and a width of at least ``least`` pixels.
-
-    Args:
-        name: The argument's.
-        size: Its value.
-        least: Fewest pixels.
-        why: What demands that, for the message.
-    """
+    """Raise a ``ValueError`` unless ``size`` is a height and a width of at least ``least`` pixels, because ``why``."""
     two = isinstance(size, Sequence) and len(size) == 2
     if not (two and all(is_within(s, f"[{least}, inf)", whole=True) for s in size)):  # type: ignore[attr-defined]
         msg = f"{name} must be (height, width), two whole numbers of at least {least}{why}, got {size!r}"
@@ -46,4 +34,44 @@ def check_flag(name: str, value: object) -> None:
     """Raise a ``ValueError`` unless ``value`` is ``True`` or ``False``."""
     if not isinstance(value, bool):
         msg = f"{name} must be True or False, got {value!r}"
+        raise ValueError(msg)
+
+
+def check_fitted(*buffers: Tensor) -> None:
+    """Raise a ``RuntimeError`` if a buffer is NaN, as all that fitting sets are before it."""
+    if any(buffer.isnan().any() for buffer in buffers):
+        msg = (
+            "the model is not fitted: train it, or give the checkpoint of a run that has been validated at least once "
+            "(ckpt_path)"
+        )
+        raise RuntimeError(msg)
+
+
+def check_image_size(images: Tensor, fitted_to: Tensor) -> None:
+    """Raise a ``ValueError`` if images ``(B, 3, H, W)`` are not of the height and width ``(2,)`` of training."""
+    found, wanted = tuple(images.shape[-2:]), tuple(fitted_to.tolist())
+    if found != wanted:
+        msg = f"images must be {wanted} pixels high and wide, as in training, got {found}: resize them"
+        raise ValueError(msg)
+
+
+def check_budget_and_seed(memory_budget: object, seed: object) -> None:
+    """Raise a ``ValueError`` unless they are a number of bytes and a number of 32 bits or none."""
+    check_number("memory_budget", memory_budget, "[0, inf)", whole=True)
+    if seed is not None:
+        check_number("seed", seed, f"[0, {2**32})", whole=True)
+
+
+def check_defects(kinds: Sequence[str], defects: object, dtd_dir: object, download_dtd: object) -> None:
+    """Raise a ``ValueError`` unless ``defects`` are some of ``kinds``, each once, and textures have one source."""
+    listed = isinstance(defects, Sequence) and all(kind in kinds for kind in defects)
+    if not listed or not defects or len(set(defects)) < len(defects):  # type: ignore[arg-type, call-overload]
+        msg = f"defects must be some of {tuple(kinds)}, each once, got {defects!r}"
+        raise ValueError(msg)
+    if not (isinstance(dtd_dir, str | Path) and str(dtd_dir)):
+        msg = f"dtd_dir must be 'builtin' or a folder, got {dtd_dir!r}"
+        raise ValueError(msg)
+    check_flag("download_dtd", download_dtd)
+    if download_dtd and str(dtd_dir) == "builtin":
+        msg = "download_dtd needs a dtd_dir to download to, got dtd_dir='builtin', which downloads nothing"
         raise ValueError(msg)

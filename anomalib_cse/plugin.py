@@ -1,17 +1,16 @@
-"""How anomalib comes to know Cse: an import hook, installed by a ``.pth`` file, that imports nothing itself.
+"""How anomalib comes to know the models: an import hook, installed by a ``.pth`` file, that imports nothing itself.
 
 anomalib has no entry points; it finds models among the imported subclasses of its base classes and the attributes of
-its packages. So the hook waits for ``anomalib.models`` and adds Cse right after. It runs at every start of the
+its packages. So the hook waits for ``anomalib.models`` and adds the models right after. It runs at every start of the
 interpreter, in programs that never heard of anomalib: it may cost nothing and must not fail.
 """
 
 import sys
 
 OLDEST = (2, 7)  # 2.6 has no plugin for checkpoints
-CLI = "anomalib.cli.cli"
 PACKAGES = {
-    "anomalib.models": {"Cse": "anomalib_cse.lightning_model"},
-    "anomalib.data": {"MVTec": "anomalib_cse.datamodules", "SurfaceDemo": "anomalib_cse.demo"},
+    "anomalib.models": {"Cse": "anomalib_cse.cse", "CseGaussian": "anomalib_cse.cse_gaussian"},
+    "anomalib.data": {"MVTec": "anomalib_cse.data", "SurfaceDemo": "anomalib_cse.data"},
 }
 
 
@@ -20,16 +19,15 @@ class RegistrationFinder:
 
     @staticmethod
     def find_spec(name, path=None, target=None):  # noqa: ANN001, ANN205  annotations would be the first import
-        """The specification of one of :data:`PACKAGES` or the command line, whose execution ends with ours."""
-        if name not in PACKAGES and name != CLI:
+        """Return the specification of one of :data:`PACKAGES`, whose execution ends with :func:`register`."""
+        if name not in PACKAGES:
             return None
-        then = honour_seed if name == CLI else register
         for finder in sys.meta_path:
             spec = None if finder is RegistrationFinder else finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
                 spec.loader.exec_module = lambda module, execute=spec.loader.exec_module: (
                     execute(module),
-                    then(module),
+                    register(module),
                 )
                 return spec
         return None
@@ -78,47 +76,6 @@ def register(package) -> None:  # noqa: ANN001
         warnings.warn(f"anomalib-cse cannot be registered with this anomalib: {error!r}", stacklevel=2)
 
 
-def plain_refusal(config, message):  # noqa: ANN001, ANN201
-    """The error of one of our constructors, which jsonargparse buries among all arguments in a ``message`` of its own.
-
-    Nothing, if it was not one of ours that failed.
-    """
-    from importlib import import_module
-
-    for part in map(config.get, ("model", "data")):  # the data of predict are a path
-        module, _, name = getattr(part, "class_path", "").rpartition(".")
-        if module.partition(".")[0] == "anomalib_cse":
-            given = part.get("init_args")
-            try:
-                getattr(import_module(module), name)(**(given.as_dict() if given else {}))
-            except Exception as error:  # noqa: BLE001  whatever it is, it is what the user has to know
-                first_line = str(error).partition("\n")[0]
-                if first_line and first_line in message:
-                    return error.with_traceback(None)
-    return None
-
-
-def honour_seed(module) -> None:  # noqa: ANN001
-    """Have ``--seed_everything N`` do for Cse what its help says; anomalib 2.7 accepts it and does nothing with it."""
-    instantiate_classes = getattr(getattr(module, "AnomalibCLI", None), "instantiate_classes", None)
-    if instantiate_classes is None:  # another anomalib, whose command line must still work
-        return
-
-    def seeded(self) -> None:  # noqa: ANN001
-        config = self.config.get(self.config["subcommand"]) or {}
-        seed, model = config.get("seed_everything"), config.get("model")
-        if type(seed) is int and model and model.class_path.rpartition(".")[2] == "Cse":
-            from lightning import seed_everything
-
-            seed_everything(seed)
-        try:
-            instantiate_classes(self)
-        except ValueError as error:
-            raise plain_refusal(config, str(error)) or error from None
-
-    module.AnomalibCLI.instantiate_classes = seeded
-
-
 def install() -> None:
     """Wait for anomalib, or register at once with what of it is already imported."""
     if RegistrationFinder in sys.meta_path:
@@ -127,5 +84,3 @@ def install() -> None:
     for name in PACKAGES:
         if name in sys.modules:
             register(sys.modules[name])
-    if CLI in sys.modules:
-        honour_seed(sys.modules[CLI])

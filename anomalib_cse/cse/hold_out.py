@@ -1,0 +1,97 @@
+"""The share of the training images that the embedder is chosen by (Section 4.1)."""
+
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+from anomalib.data import AnomalibDataModule, AnomalibDataset
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from ..synthesis import generator_for
+from .reading import without_augmentations
+
+if TYPE_CHECKING:
+    from .lightning_model import Cse
+
+SPLIT = 0  # sets the random numbers of the split apart from others of the same seed
+
+
+class HoldOut(Callback):
+    """Take a share of the training images out of the datamodule while ``fit`` runs, and give it back.
+
+    The split follows from the model's ``fit_seed``, which is in its checkpoints: a resumed run has the same one.
+
+    Args:
+        ratio: Share of the images, in [0, 1); 0 holds none out.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self.all_images: AnomalibDataset | None = None  # the datamodule's own training images, while fitting
+        self.held_out: AnomalibDataset | None = None
+
+    def is_of(self, pl_module: LightningModule) -> TypeGuard["Cse"]:
+        """Whether this is the callback of a model: Lightning leaves it in the trainer for those that come after."""
+        return getattr(pl_module, "hold_out", None) is self
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hold images out.
+
+        Raises:
+            ValueError: If there is no datamodule to hold them out of, or there are too few images.
+        """
+        if stage != TrainerFn.FITTING or not self.is_of(pl_module):
+            return
+        pl_module.fit_seed.fill_(trainer.strategy.broadcast(pl_module.effective_seed))
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, AnomalibDataModule):
+            self.all_images = data.train_data
+            self.split(data, int(pl_module.fit_seed))
+        elif self.ratio:
+            msg = "Cse holds out images of an anomalib datamodule: give one (datamodule=), or set holdout_ratio to 0"
+            raise ValueError(msg)
+
+    def split(self, data: AnomalibDataModule, seed: int) -> None:
+        """Leave the datamodule the images that train, and keep the others, as they are without augmentations."""
+        images = self.all_images
+        if not images or not self.ratio:
+            return
+        held_out = max(1, round(self.ratio * len(images)))
+        if len(images) == held_out:
+            msg = f"too few training images, {held_out}, to hold out {held_out}: give more, or set holdout_ratio to 0"
+            raise ValueError(msg)
+        order = torch.randperm(len(images), generator=generator_for(seed, SPLIT)).tolist()
+        data.train_data = images.subsample(sorted(order[held_out:]))
+        self.held_out = without_augmentations(images.subsample(sorted(order[:held_out])))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        """Split as the run that is resumed did.
+
+        Raises:
+            ValueError: If another seed is asked for.
+        """
+        if trainer.state.fn != TrainerFn.FITTING or not self.is_of(pl_module):
+            return
+        begun_with = int(checkpoint["state_dict"]["fit_seed"])
+        if pl_module.seed not in (None, begun_with):
+            msg = f"the run to resume was begun with seed {begun_with}, not {pl_module.seed}: give that one or none"
+            raise ValueError(msg)
+        self.split(trainer.datamodule, begun_with)  # type: ignore[attr-defined]
+
+    def give_back(self, trainer: Trainer) -> None:
+        """Give the datamodule its own images back."""
+        if self.all_images is not None:
+            trainer.datamodule.train_data = self.all_images  # type: ignore[attr-defined]
+        self.all_images = self.held_out = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the images back when ``fit`` ends."""
+        del pl_module, stage
+        self.give_back(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the images back when ``fit`` breaks off: Lightning then calls no ``teardown``."""
+        del exception
+        self.give_back(trainer)
+        if self.is_of(pl_module):
+            pl_module.pairing = None

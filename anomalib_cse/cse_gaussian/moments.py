@@ -1,0 +1,101 @@
+"""Moments of features, and the directions that follow from them."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+RIDGE = 0.01  # added to a covariance, as a share of its mean variance
+
+
+def inverse_root(matrix: Tensor) -> Tensor:
+    """Return the symmetric M of ``M S M = 1`` for positive definite S ``(..., D, D)``."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.rsqrt()[..., None, :] @ vectors.mT
+
+
+def contrastive_directions(clean: Tensor, defects: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the ``dim`` directions ``(C, dim)`` in which defects vary most, measured by how clean features vary.
+
+    They solve ``defects v = ratio * clean v`` with ``v' clean v = 1``: generalised contrastive principal components.
+
+    Args:
+        clean: Covariance of clean features ``(C, C)``, positive definite.
+        defects: Second moment of defects' features about the clean mean ``(C, C)``.
+        dim: How many directions, of at most C.
+
+    Returns:
+        The directions, and their ratios of variances ``(dim,)``, the largest first.
+    """
+    whitening = inverse_root(clean)
+    ratios, rotation = torch.linalg.eigh(whitening @ defects @ whitening)
+    return (whitening @ rotation).flip(1)[:, :dim], ratios.flip(0)[:dim]
+
+
+def evidence(ratios: Tensor) -> Tensor:
+    """Return what a squared deviation, in clean deviations, says for a defect: the factor of the log-likelihood ratio.
+
+    Between a Gaussian of variance 1 and one of variance r that is ``1 - 1 / r`` (but for the constant and the half);
+    directions in which defects vary less than clean features say nothing.
+    """
+    return 1 - 1 / ratios.clamp(min=1)
+
+
+class Moments:
+    """Sum of weights, mean and second moments of vectors that come in batches.
+
+    Args:
+        dim: Length C of the vectors.
+        grid: Leading shape, for moments of several kinds at once.
+        device: Where the vectors are; the moments are there too, if it knows double precision.
+    """
+
+    def __init__(self, dim: int, grid: Sequence[int] = (), device: torch.device | None = None) -> None:
+        known = device is None or device.type in ("cpu", "cuda")
+        place = device if known else torch.device("cpu")
+        self.weight = torch.zeros(*grid, 1, dtype=torch.float64, device=place)
+        self.first = torch.zeros(*grid, dim, dtype=torch.float64, device=place)
+        self.second = torch.zeros(*grid, dim, dim, dtype=torch.float64, device=place)
+
+    def add(self, vectors: Tensor, weights: Tensor | None = None) -> None:
+        """Add vectors ``(*grid, N, C)``, of weight 1 or ``weights`` ``(*grid, N)``."""
+        vectors = vectors.to(self.first)
+        count = torch.ones_like(vectors[..., 0]) if weights is None else weights.to(self.first)
+        weighted = vectors * count[..., None]
+        self.weight += count.sum(dim=-1, keepdim=True)
+        self.first += weighted.sum(dim=-2)
+        self.second += weighted.mT @ vectors
+
+    def of_sums(self, weight: Tensor, first: Tensor, second: Tensor) -> "Moments":
+        """Return moments of other sums."""
+        moments = copy.copy(self)
+        moments.weight, moments.first, moments.second = weight, first, second
+        return moments
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Return the moments of all vectors that either has been given."""
+        return self.of_sums(self.weight + other.weight, self.first + other.first, self.second + other.second)
+
+    def pooled(self) -> "Moments":
+        """Return the moments of the vectors of all kinds taken together."""
+        kinds = tuple(range(self.weight.dim() - 1))
+        if not kinds:  # torch's sum over no dimension is one over all
+            return self
+        return self.of_sums(self.weight.sum(kinds), self.first.sum(kinds), self.second.sum(kinds))
+
+    def summed(self, reduce: Callable[[Tensor], Tensor]) -> "Moments":
+        """Return the moments of the vectors of several processes, by a function that sums a tensor over them."""
+        return self.of_sums(reduce(self.weight), reduce(self.first), reduce(self.second))
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean ``(*grid, C)``."""
+        return self.first / self.weight
+
+    def about(self, centre: Tensor) -> Tensor:
+        """Return the second moment ``(*grid, C, C)`` about ``centre`` ``(C,)``."""
+        mean = self.mean
+        shift = (mean - centre)[..., None]
+        central = self.second / self.weight[..., None] - mean[..., None] @ mean[..., None, :]
+        return central + shift @ shift.mT

@@ -1,0 +1,97 @@
+"""What is kept of the training images as they stream by, in bounded memory."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Generator, Tensor
+
+from .moments import Moments
+
+FEWEST_KEPT = 24  # images, whatever the memory: what is measured on mirrored ones needs as many
+BATCH = 8  # images to a pass of the backbone
+
+
+class Half:
+    """Every second training image: sums over all of them, and a random sample."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.moments: list[Moments] = []  # of each layer, of every position or of all together
+        self.images: list[Tensor] = []  # (3, H, W)
+        self.features: list[list[Tensor]] = []  # of the same images, of each layer (C, h, w)
+
+    def keep(self, image: Tensor, features: list[Tensor], most: int, generator: Generator) -> None:
+        """Sample an image, all having the same chance (reservoir sampling, algorithm R)."""
+        self.count += 1
+        if len(self.images) < most:
+            self.images.append(image)
+            self.features.append(features)
+            return
+        place = int(torch.randint(self.count, (), generator=generator))
+        if place < most:
+            self.images[place], self.features[place] = image, features
+
+    def feature_batches(self) -> Iterator[list[Tensor]]:
+        """Give the features of the sampled images, of each layer ``(B, C, h, w)``."""
+        for start in range(0, len(self.features), BATCH):
+            yield [torch.stack(layer) for layer in zip(*self.features[start : start + BATCH], strict=True)]
+
+
+class TrainingSample:
+    """Sums over all training images, and a sample of them, in two halves of which one can be tried by the other.
+
+    Args:
+        memory_budget: Most bytes to keep.
+        generator: Decides the sample.
+    """
+
+    def __init__(self, memory_budget: int, generator: Generator) -> None:
+        self.room = memory_budget
+        self.generator = generator
+        self.halves = Half(), Half()
+        self.most = 0  # images to a half
+        self.has_positions = True  # whether there are moments of every position
+
+    def begin(self, image: Tensor, features: Sequence[Tensor]) -> None:
+        """Decide what fits the memory, by one image ``(3, H, W)`` and its features ``(C, h, w)``."""
+        needed = sum(2 * 8 * f.shape[1] * f.shape[2] * f.shape[0] ** 2 for f in features)
+        self.has_positions = 2 * needed <= self.room
+        if self.has_positions:
+            self.room -= needed
+        else:
+            rank_zero_info(
+                f"Covariances for every position would take {needed / 2**20:.0f} MiB, more than half of memory_budget: "
+                "all positions get one."
+            )
+        self.most = max(FEWEST_KEPT // 2, self.room // (2 * (image.nbytes + sum(f.nbytes for f in features))))
+        for half in self.halves:
+            half.moments = [Moments(f.shape[0], f.shape[1:] if self.has_positions else (), f.device) for f in features]
+
+    def add(self, images: Tensor, features: Sequence[Tensor]) -> None:
+        """Add images ``(B, 3, H, W)``, all of one size, and their features, of each layer ``(B, C, h, w)``."""
+        if not self.most:
+            self.begin(images[0], [f[0] for f in features])
+        turn = self.count % 2  # halves take turns, also over batches
+        for half, rows in zip(self.halves, (slice(turn, None, 2), slice(1 - turn, None, 2)), strict=True):
+            for moments, f in zip(half.moments, features, strict=True):
+                at_positions = f[rows].permute(2, 3, 0, 1)  # (h, w, B, C)
+                moments.add(at_positions if self.has_positions else at_positions.flatten(0, 2))
+            for kept in zip(images[rows], *(f[rows] for f in features), strict=True):
+                image, *of_image = (values.clone() for values in kept)  # a view would keep the whole batch in memory
+                half.keep(image, of_image, self.most, self.generator)
+
+    @property
+    def count(self) -> int:
+        """How many images have been added."""
+        return sum(half.count for half in self.halves)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The sampled images of both halves, ``(3, H, W)`` each."""
+        return [image for half in self.halves for image in half.images]
+
+    def sum_over_processes(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Add up the sums of several processes, by a function that sums a tensor over them; samples stay their own."""
+        for half in self.halves:
+            half.moments = [moments.summed(reduce) for moments in half.moments]

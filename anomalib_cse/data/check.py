@@ -1,0 +1,108 @@
+"""Images and masks that cannot be read, or not as they are, called by the name of their file."""
+
+import warnings
+from collections.abc import Iterator
+from traceback import walk_tb
+
+from anomalib.data.utils import read_image
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from PIL import Image
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset, Subset
+
+
+def files_of(dataset: object) -> list[str]:
+    """Return the files that a dataset reads, images and masks; none of a dataset that does not name them."""
+    if isinstance(dataset, Subset):
+        files = files_of(dataset.dataset)
+        return [files[index] for index in dataset.indices if files]
+    if hasattr(dataset, "image_filenames"):  # anomalib's PredictDataset
+        return [str(path) for path in dataset.image_filenames]
+    samples = getattr(dataset, "samples", {})  # a table of anomalib's
+    columns = [samples[name] for name in ("image_path", "mask_path") if name in samples]
+    return [path for column in columns for path in column if isinstance(path, str) and path]
+
+
+def reason_unreadable(path: str) -> str:
+    """Return why a file does not hold a whole image; nothing if it does."""
+    try:
+        read_image(path)
+    except Exception as error:  # noqa: BLE001  Pillow has a dozen kinds for broken files
+        return f"{path} cannot be read as an image: {error}; replace it or take it out"
+    return ""
+
+
+def check_files(dataset: Dataset | None, kind: str) -> None:
+    """Read all files of a dataset; raise a ``ValueError`` that names the first, of a ``kind``, that cannot be read."""
+    for path in track(files_of(dataset), description=f"Reading {kind} images"):
+        reason = reason_unreadable(path)
+        if reason:
+            msg = f"{kind} file {reason}"
+            raise ValueError(msg)
+
+
+def warn_of_depth(dataset: Dataset | None) -> None:
+    """Warn if the first image has more than 8 bits: anomalib accepts such and has Pillow clip them at 255."""
+    for first in files_of(dataset)[:1]:
+        try:
+            with Image.open(first) as image:
+                mode = image.mode
+        except OSError:  # a dataset may read what Pillow does not
+            return
+        if mode[0] in "IF":  # 16 and 32 bits of grey, and floating point
+            warnings.warn(
+                f"{first} is of Pillow's mode {mode!r}: anomalib clips such images at 255, so that most 16-bit ones "
+                "are white and floating-point ones black; convert them to 8 bits first",
+                stacklevel=2,
+            )
+
+
+class FileCheck(Callback):
+    """Name the file that cannot be read: those for validation before training, any other when reading it has failed."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read all validation files, so that a broken one does not end a training of hours."""
+        del pl_module
+        data = getattr(trainer, "datamodule", None)
+        warn_of_depth(getattr(data, "train_data", None))
+        if trainer.limit_val_batches:
+            check_files(getattr(data, "val_data", None), "validation")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the first test image."""
+        del pl_module
+        for dataset in datasets_of(trainer.test_dataloaders):
+            warn_of_depth(dataset)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the first image."""
+        del pl_module
+        for dataset in datasets_of(trainer.predict_dataloaders):
+            warn_of_depth(dataset)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Add to an error from reading images which file it was."""
+        del pl_module
+        if not any("torch/utils/data" in frame.f_code.co_filename for frame, _ in walk_tb(exception.__traceback__)):
+            return
+        data = getattr(getattr(trainer, "datamodule", None), "train_data", None)
+        used = (
+            trainer.train_dataloader,
+            trainer.val_dataloaders,
+            trainer.test_dataloaders,
+            trainer.predict_dataloaders,
+        )
+        datasets = [data] if data is not None else []
+        datasets += [dataset for loaders in used for dataset in datasets_of(loaders)]
+        files = dict.fromkeys(path for dataset in datasets for path in files_of(dataset))
+        for reason in filter(None, map(reason_unreadable, files)):
+            exception.add_note(reason)
+            return
+
+
+def datasets_of(loaders: object) -> Iterator[Dataset]:
+    """Give the datasets of a dataloader, or of a list or dictionary of them."""
+    for loader in CombinedLoader(loaders).flattened if loaders is not None else ():
+        if isinstance(loader, DataLoader):
+            yield loader.dataset

@@ -1,0 +1,98 @@
+"""Telling OpenVINO, in the exported file itself, what it must not round, and NNCF what it must not quantise."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from anomalib.data import AnomalibDataModule
+from anomalib.deploy import CompressionType
+
+from ..data import check_files
+
+if TYPE_CHECKING:  # optional packages
+    from nncf import IgnoredScope
+    from openvino import Model
+
+CONSTANT = {"Parameter", "Const", "Result"}
+CONVOLUTIONS = {"Convolution", "GroupConvolution"}
+
+
+def check_compression(kind: CompressionType | None, datamodule: AnomalibDataModule | None) -> None:
+    """Raise a ``ValueError`` if a compression cannot be had, or lacks the images that it takes ranges from."""
+    if kind not in (None, CompressionType.FP16, CompressionType.INT8, CompressionType.INT8_PTQ):
+        msg = (
+            "compression_type: take FP16, INT8 or INT8_PTQ (INT8_ACQ would quantise the resizing of images), "
+            f"got {kind}"
+        )
+        raise ValueError(msg)
+    if kind == CompressionType.INT8_PTQ and datamodule is None:
+        msg = "compression_type INT8_PTQ takes ranges from images: give a datamodule (--data on the command line)"
+        raise ValueError(msg)
+
+
+def keep_single_precision(path: Path, *, only_before_convolution: bool = False) -> None:
+    """Mark operations of an OpenVINO ``.xml`` file as to be computed in single precision, whatever the runtime prefers.
+
+    By default OpenVINO rounds to bfloat16 on processors that have it, so one file would give different scores on
+    different machines. Its Python interface has no way to say so of single operations, but the file format has:
+    ``precise``, which OpenVINO 2024 to 2026 obey. ``only_before_convolution`` marks the pre-processing alone.
+    """
+    tree = ElementTree.parse(path)
+    for layer in tree.getroot().iterfind("layers/layer"):
+        if only_before_convolution and layer.get("type") in CONVOLUTIONS:
+            break
+        if layer.get("type") in CONSTANT:
+            continue
+        info = layer.find("rt_info")
+        if info is None:
+            info = ElementTree.Element("rt_info")
+            layer.insert(0 if layer.find("data") is None else 1, info)
+        ElementTree.SubElement(info, "attribute", name="precise", version="0")
+    tree.write(path, xml_declaration=True, encoding="utf-8")
+
+
+def compress(path: Path, kind: CompressionType, datamodule: AnomalibDataModule | None) -> None:
+    """Compress an OpenVINO ``.xml`` file to 8 bits, in place, but for the pre-processing.
+
+    ``INT8`` takes weights alone; ``INT8_PTQ`` activations too, whose ranges are those of the datamodule's validation
+    images.
+    """
+    import nncf
+    import openvino
+
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the file is to be overwritten
+    model = core.read_model(path)
+    if kind == CompressionType.INT8:
+        model = nncf.compress_weights(model, ignored_scope=left_alone())
+    elif datamodule is not None:
+        model = quantize(model, datamodule)
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def left_alone(operations: Sequence[str] = ()) -> "IgnoredScope":
+    """Return what NNCF is not to round: ``operations``, and matrix products, which resize or lead to distances."""
+    import nncf
+
+    return nncf.IgnoredScope(types=["MatMul"], names=list(operations), validate=False)
+
+
+def after_convolutions(model: "Model") -> list[str]:
+    """Return the names of operations that no convolution depends on: distances and what is made of them."""
+    operations = model.get_ordered_ops()
+    needed = {op.get_friendly_name() for op in operations if op.get_type_name() in CONVOLUTIONS}
+    for op in reversed(operations):
+        if op.get_friendly_name() in needed:
+            needed |= {value.get_node().get_friendly_name() for value in op.input_values()}
+    return [op.get_friendly_name() for op in operations if op.get_friendly_name() not in needed]
+
+
+def quantize(model: "Model", datamodule: AnomalibDataModule) -> "Model":
+    """Quantise all but the resizing and the distances, whose squares have a range that 8 bits do not."""
+    import nncf
+
+    datamodule.setup("fit")
+    check_files(datamodule.val_data, "validation")
+    images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image.numpy())
+    return nncf.quantize(model, images, ignored_scope=left_alone(after_convolutions(model)))

@@ -1,0 +1,109 @@
+"""Resizing that survives export: the exported graph computes what ``engine.predict`` computes."""
+
+from collections.abc import Sequence
+
+import torch
+from anomalib.data.transforms import ExportableCenterCrop
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor, nn
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
+
+from ..checks import check_size
+from ..features import resize
+
+
+class ExactResize(nn.Module):
+    """Antialiased bilinear resizing to a height and width that exports; equal to torchvision's ``Resize``.
+
+    anomalib's own turns antialiasing off on export, which changes the score of every image that is really reduced
+    (its issues 2448, 2672, 2686, 2747, 3726).
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize ``(B, C, H, W)`` to ``(B, C, *size)``."""
+        return resize(images, self.size)
+
+
+def exports_exactly(transform: Transform) -> bool:
+    """Whether every ``Resize`` in a transform is one that :class:`ExactResize` equals."""
+    if isinstance(transform, Compose):
+        return all(map(exports_exactly, transform.transforms))
+    if not isinstance(transform, Resize):
+        return True
+    bilinear = InterpolationMode(transform.interpolation) == InterpolationMode.BILINEAR  # newer torchvisions: a str
+    return len(transform.size) == 2 and bilinear and bool(transform.antialias)
+
+
+def exact(transform: nn.Module) -> nn.Module:
+    """Return a transform with ``Resize`` and ``CenterCrop`` in forms that export, if they can, and compute the same."""
+    if isinstance(transform, Compose):
+        return nn.Sequential(*map(exact, transform.transforms))
+    if isinstance(transform, CenterCrop):
+        return ExportableCenterCrop(size=transform.size)
+    if isinstance(transform, Resize) and exports_exactly(transform):
+        return ExactResize(tuple(transform.size))
+    return transform
+
+
+def check_exportable(transform: Transform) -> None:
+    """Raise a ``ValueError`` if a ``Resize`` of a transform cannot be exported exactly."""
+    if not exports_exactly(transform):
+        msg = f"export needs Resize((height, width)), bilinear and antialiased, got {transform}"
+        raise ValueError(msg)
+
+
+def resize_and_crop(image_size: Sequence[int] | None, center_crop_size: Sequence[int] | None = None) -> PreProcessor:
+    """Return a pre-processor that resizes to a height and width, 256x256 by default, and crops, if at all.
+
+    Raises:
+        ValueError: If a size is none, or the crop is larger than the image.
+    """
+    image_size = (256, 256) if image_size is None else image_size
+    check_size("image_size", image_size)
+    resizing = Resize(tuple(image_size), antialias=True)
+    if center_crop_size is None:
+        return PreProcessor(resizing)
+    check_size("center_crop_size", center_crop_size)
+    if center_crop_size[0] > image_size[0] or center_crop_size[1] > image_size[1]:
+        msg = f"center_crop_size must be within image_size {tuple(image_size)}, got {tuple(center_crop_size)}"
+        raise ValueError(msg)
+    return PreProcessor(Compose([resizing, CenterCrop(tuple(center_crop_size))]))
+
+
+def choose_pre_processor(
+    given: nn.Module | bool,
+    image_size: Sequence[int] | None,
+    center_crop_size: Sequence[int] | None,
+    papers_crop: tuple[int, int] | None = None,
+) -> nn.Module | bool:
+    """Return the given pre-processor, or for ``True`` one by the sizes, or ``papers_crop`` if there are none.
+
+    Raises:
+        ValueError: If sizes are given beside a pre-processor, or are none.
+    """
+    if given is True:
+        if image_size is None and center_crop_size is None:
+            center_crop_size = papers_crop
+        return resize_and_crop(image_size, center_crop_size)
+    if image_size is not None or center_crop_size is not None:
+        msg = "image_size and center_crop_size describe the model's own pre-processor: give them or a pre_processor"
+        raise ValueError(msg)
+    return given
+
+
+def fixed_size(pre_processor: nn.Module | None) -> tuple[int, int]:
+    """Return the height and width of whatever a pre-processor is given, or raise a ``ValueError`` if they vary."""
+    transform = getattr(pre_processor, "transform", None)
+    samples = [torch.zeros(1, 3, *size) for size in ((600, 800), (1000, 700))]
+    sizes = {tuple((transform(sample) if transform else sample).shape[-2:]) for sample in samples}
+    if len(sizes) != 1:
+        msg = (
+            "the model needs all images in one size: give image_size, or a pre_processor that resizes to "
+            f"Resize((height, width)); got the transform {transform}"
+        )
+        raise ValueError(msg)
+    return sizes.pop()

@@ -1,0 +1,171 @@
+"""The frozen feature extractor (Section 3.2)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import timm
+import torch
+from timm.layers import Format
+from torch import Tensor, nn
+
+from ..checks import check_flag
+from .weights import (
+    LOCAL,
+    PYPI_BACKBONE,
+    PYPI_PACKAGE,
+    WAYS_OFFLINE,
+    existing,
+    lite0_state_dict,
+    load_weights,
+    read_weights,
+    weights_in,
+)
+
+if TYPE_CHECKING:
+    from timm.models import FeatureListNet
+
+
+class FrozenBackbone(nn.Module):
+    """Deep features of a pretrained convolutional network that never trains (Section 3.2).
+
+    Parameters take no gradient and the module stays in evaluation mode, so that BatchNorm does not move either. Images
+    are normalised here, with the mean and deviation of the backbone's own timm configuration.
+
+    Args:
+        name: A timm model name, ``local-dir:FOLDER``, or ``pypi:tf_efficientnet_lite0``.
+        layers: Feature levels: timm's ``out_indices`` or the layers' module names.
+        pre_trained: Load pretrained weights; ``False`` asks for random ones.
+        weights: A ``.safetensors`` or ``.pth`` file with the backbone's weights, in place of the hub's.
+
+    Raises:
+        ValueError: If the backbone, a layer or the combination of arguments does not exist.
+        FileNotFoundError, ModuleNotFoundError, ConnectionError: If the weights are not where they are to come from.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str = "efficientnet_b3",
+        layers: Sequence[int] | Sequence[str] = (3, 4),
+        pre_trained: bool = True,
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        check_flag("pre_trained", pre_trained)
+        architecture = timm_name(name)
+        self.levels = resolve_layers(architecture, layers)
+        check_sources(name, pre_trained, weights)
+        at_hand = weights is not None or name == PYPI_BACKBONE or name.startswith(LOCAL)
+        self.net = features_of(architecture, pretrained=pre_trained and not at_hand, out_indices=self.levels)
+        if pre_trained and name == PYPI_BACKBONE:
+            load_weights(self.net, lite0_state_dict(), PYPI_PACKAGE)
+        elif pre_trained and at_hand:
+            file = existing(weights or weights_in(name))
+            load_weights(self.net, read_weights(file), file)
+        truncate(self.net)
+        self.net.to(memory_format=torch.channels_last)  # what convolutions on a CPU prefer
+        self.architecture: str = self.net.pretrained_cfg["architecture"]  # type: ignore[assignment, index]
+        self.strides: list[int] = self.net.feature_info.reduction()
+        self.channels: list[int] = self.net.feature_info.channels()
+        config = timm.data.resolve_data_config({}, model=self.net)
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+        self.requires_grad_(requires_grad=False)
+        self.eval()
+
+    @property
+    def stride(self) -> int:
+        """The stride of the coarsest layer, in pixels."""
+        return max(self.strides)
+
+    def train(self, mode: bool = True) -> "FrozenBackbone":
+        """Stay in evaluation mode, whatever ``mode`` is asked for."""
+        del mode
+        return super().train(mode=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the features of ``images`` ``(B, 3, H, W)`` in [0, 1], of each layer ``(B, C, h, w)``."""
+        return self.net((images - self.mean) / self.std)
+
+
+def check_sources(name: str, pre_trained: bool, weights: str | Path | None) -> None:
+    """Raise a ``ValueError`` if ``weights`` is no path, or a second source of weights beside another."""
+    if weights is None:
+        return
+    if not (isinstance(weights, str | Path) and str(weights)):
+        msg = f"weights must be a .safetensors or .pth file or None, got {weights!r}"
+        raise ValueError(msg)
+    if not pre_trained:
+        msg = f"weights={str(weights)!r} with pre_trained=False: give weights or ask for random ones, not both"
+        raise ValueError(msg)
+    if name == PYPI_BACKBONE:
+        msg = f"weights={str(weights)!r} with backbone={name!r}: two sources of weights, give one"
+        raise ValueError(msg)
+
+
+def truncate(net: nn.Module) -> None:
+    """Cut off what follows the last layer used of a ``features_only`` network: timm leaves it in EfficientNets."""
+    blocks = getattr(net, "blocks", None)
+    last: str = net.feature_info.module_name()[-1]  # type: ignore[operator, union-attr]
+    if last.startswith("blocks.") and isinstance(blocks, nn.Sequential):
+        del blocks[int(last.removeprefix("blocks.")) + 1 :]
+
+
+def timm_name(name: str) -> str:
+    """Return the name under which timm knows a backbone, or raise an error if it, or its folder, does not exist."""
+    if name == PYPI_BACKBONE:
+        return name.removeprefix("pypi:")
+    if isinstance(name, str) and name.startswith(LOCAL):
+        existing(Path(name.removeprefix(LOCAL)) / "config.json")
+        return name
+    if not isinstance(name, str) or not (name.startswith("hf-hub:") or timm.is_model(name)):
+        similar = ", ".join(timm.list_models(f"*{name}*")[:5])
+        where = f"similar names: {similar}" if similar else "timm.list_models() has the names"
+        msg = f"backbone={name!r} is no timm model, local-dir:FOLDER or {PYPI_BACKBONE}; {where}"
+        raise ValueError(msg)
+    return name
+
+
+def resolve_layers(architecture: str, layers: Sequence[int] | Sequence[str]) -> list[int]:
+    """Return timm's feature levels for layer numbers or module names, from fine to coarse.
+
+    Raises:
+        ValueError: If a layer is unknown or repeated, or none is given, or the network gives no maps.
+    """
+    try:
+        with torch.device("meta"):  # only the description is wanted, no weights
+            net = features_of(architecture, pretrained=False)
+    except NotImplementedError:  # some networks compute their own shape in tensors, which takes a newer torch or timm
+        with torch.random.fork_rng(devices=[]):
+            net = features_of(architecture, pretrained=False)
+    if getattr(net, "output_fmt", Format.NCHW) != Format.NCHW:  # transformers that keep channels last
+        msg = f"backbone={architecture!r} is no timm model that gives maps (B, C, H, W): take a convolutional one"
+        raise ValueError(msg)
+    names: list[str] = net.feature_info.module_name()
+    known: dict[int | str, int] = {
+        **{level: level for level in range(len(names))},
+        **{n: i for i, n in enumerate(names)},
+    }
+    listed = isinstance(layers, Sequence) and not isinstance(layers, str)
+    levels = [known[layer] for layer in layers if type(layer) in (int, str) and layer in known] if listed else []
+    if not levels or len(levels) < len(layers) or len(set(levels)) < len(levels):
+        given = list(layers) if listed else layers
+        msg = f"layers must be distinct numbers in 0..{len(names) - 1} or names out of {names}, got {given!r}"
+        raise ValueError(msg)
+    return sorted(levels)
+
+
+def features_of(architecture: str, *, pretrained: bool, **options: Any) -> "FeatureListNet":
+    """Create a timm network that returns feature levels; a ``ConnectionError`` says that the hub cannot be reached."""
+    try:
+        net = timm.create_model(architecture, pretrained=pretrained, features_only=True, **options)
+    except OSError as error:  # what huggingface_hub raises for a file that it can neither find nor fetch
+        msg = (
+            f"backbone={architecture!r} could not be fetched from the hub.\n{WAYS_OFFLINE}\n"
+            "If a checkpoint is given, it may be of another backbone: repeat --model.backbone as it was trained with"
+        )
+        raise ConnectionError(msg) from error
+    return cast("FeatureListNet", net)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress lint types install clean bench-training bench-latency bench-compression bench-compare bench-variants bench-surfaces
+.PHONY: demo test stress lint types install clean bench-cost bench-compare bench-surfaces
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -36,24 +36,14 @@ test: install lint types
 stress: install
 	$(BIN)/pytest -s tests/stress
 
-# ARGS="--root ROOT --category NAME --dtd-dir DTD" for images of your own, ARGS=--scale for growing numbers of them
-bench-training: install
-	$(BIN)/python benchmarks/training.py $(ARGS)
+# ARGS="latency", "compression --model CseGaussian --checkpoint model.ckpt --root ROOT --category NAME" or "training";
+# what each takes, ARGS="training --help" says
+bench-cost: install
+	$(BIN)/python benchmarks/cost.py $(ARGS)
 
-bench-latency: install
-	$(BIN)/python benchmarks/latency.py $(ARGS)
-
-# ARGS="--checkpoint model.ckpt --root ROOT --category NAME"
-bench-compression: install
-	$(BIN)/python benchmarks/compression.py $(ARGS)
-
-# DATA=ROOT ARGS="--categories NAME ...", and what benchmarks/compare.py --help says
+# DATA=ROOT ARGS="--categories NAME ...": the models of configs/compare/offline.yaml, or of another list with "--config LIST"
 bench-compare: install
 	$(BIN)/python benchmarks/compare.py --root $(DATA) $(ARGS)
-
-# DATA=ROOT ARGS="--categories NAME ...": the closed form with one part changed at a time
-bench-variants: install
-	$(BIN)/python benchmarks/variants.py --root $(DATA) $(ARGS)
 
 # ARGS="--output ROOT": SurfaceDemo's sets for bench-compare; with "--photographs DTD" others like them and parts too
 bench-surfaces: install

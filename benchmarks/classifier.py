@@ -1,6 +1,6 @@
 """The binary classifier that Table 4 compares CSE with: the same features and defects, no contrast and no centres."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from anomalib.data import InferenceBatch
@@ -8,8 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomalib_cse import Cse, CseModel
-from anomalib_cse.lightning_model import together
-from anomalib_cse.torch_model import Embedder, is_fitted, pool, upsample
+from anomalib_cse.cse.pairs import Pairing, Pairs
+from anomalib_cse.cse.torch_model import Embedder
+from anomalib_cse.deployment import fixed_size
+from anomalib_cse.features import pool, resize
+
+OF_THE_NETWORK = ("backbone", "layers", "pre_trained", "weights", "embedding_dim", "pool_size")
 
 
 class LogitEmbedder(Embedder):
@@ -17,38 +21,24 @@ class LogitEmbedder(Embedder):
 
     def __init__(self, in_channels: int, embedding_dim: int) -> None:
         super().__init__(in_channels, embedding_dim)
-        self.append(nn.Sequential(nn.Conv2d(embedding_dim, 1, kernel_size=1)))
+        self.append(nn.Conv2d(embedding_dim, 1, kernel_size=1))
 
 
-class ClassifierModel(nn.Module):
-    """Scores images by the mean logit of their positions.
+class ClassifierModel(CseModel):
+    """Scores images by the mean logit of their positions; it has no use for its centres.
 
     Args:
-        model: The network of Cse, whose features and pooling it takes over.
+        arguments: As for :class:`~anomalib_cse.CseModel`.
     """
 
-    centres: Tensor
-    simplified = CseModel.simplified
+    def __init__(self, **arguments: object) -> None:
+        super().__init__(**arguments)
+        self.embedder = LogitEmbedder(sum(self.backbone.channels), self.centres.shape[1])
 
-    def __init__(self, model: CseModel) -> None:
-        super().__init__()
-        self.backbone, self.pool_size = model.backbone, model.pool_size
-        self.embedder = LogitEmbedder(sum(model.backbone.channels), model.centres.shape[1])
-        self.register_buffer("centres", torch.full((1, 1), torch.nan))  # none; but what is NaN is not fitted
-
-    @property
-    def fitted(self) -> bool:
-        """Whether training has come to its end."""
-        return is_fitted(self.centres)
-
-    def forget(self) -> None:
-        """Be as before training."""
-        self.centres.fill_(torch.nan)
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images ``(B, 3, H, W)`` in [0, 1]: probabilities of being corrupted, ``(B,)`` and ``(B, 1, H, W)``."""
-        logits = pool(self.embedder(self.backbone(images)), self.pool_size)
-        anomaly_map = upsample(logits, images.shape[-2:]).sigmoid()
+    def score(self, features: Sequence[Tensor], size: Sequence[int]) -> InferenceBatch:
+        """Return probabilities of being corrupted, ``(B,)`` and ``(B, 1, H, W)``."""
+        logits = self.embed(features)
+        anomaly_map = resize(logits, size).sigmoid()
         return InferenceBatch(pred_score=logits.mean(dim=(1, 2, 3)).sigmoid(), anomaly_map=anomaly_map)
 
 
@@ -56,31 +46,33 @@ class BinaryClassifier(Cse):
     """Tells clean from corrupted images: the training data, recipe and choice of weights are Cse's.
 
     Args:
-        arguments: Cse's, with the network, but for those of the decoder, the centres and the contrastive loss.
+        arguments: Cse's, but for those of the decoder, the centres and the contrastive loss.
 
     Raises:
         ValueError: If one of those is given.
     """
 
-    model: ClassifierModel  # type: ignore[assignment]
+    model: ClassifierModel
 
-    def __init__(self, **arguments: Any) -> None:
-        if useless := {"embedder", "decoder", "num_centres", "contrast_weight"} & arguments.keys():
+    def __init__(self, **arguments: object) -> None:
+        if useless := {"decoder", "num_centres", "contrast_weight"} & arguments.keys():
             msg = f"a binary classifier has no {', '.join(sorted(useless))}"
             raise ValueError(msg)
-        super().__init__(**arguments, embedder="network", decoder="none")
+        super().__init__(**arguments, decoder="none")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.effective_seed)
-            self.embedder = LogitEmbedder(sum(self.model.backbone.channels), self.model.centres.shape[1])
-            self.model = ClassifierModel(self.model).requires_grad_(requires_grad=False)
+            self.model = ClassifierModel(**{name: self.hparams[name] for name in OF_THE_NETWORK})
+            self.embedder = LogitEmbedder(sum(self.backbone.channels), self.hparams["embedding_dim"])
+        self.model.requires_grad_(requires_grad=False)
         self.train()
 
-    def pair_loss(self, first: list[Tensor], second: list[Tensor], corrupt: Tensor) -> Tensor:
-        """Binary cross-entropy of both images of every pair, the first ones being clean."""
-        logits = pool(self.embedder(together(first, second)), self.model.pool_size).mean(dim=(1, 2, 3))
-        targets = torch.cat([torch.zeros_like(corrupt), corrupt]).float()
+    def pair_loss(self, pairs: Pairs) -> Tensor:
+        """Return the binary cross-entropy of both images of every pair, the first ones being clean."""
+        features = [torch.cat(layer) for layer in zip(pairs.first, pairs.second, strict=True)]
+        logits = pool(self.embedder(features), self.model.pool_size).mean(dim=(1, 2, 3))
+        targets = torch.cat([torch.zeros_like(pairs.corrupted), pairs.corrupted]).float()
         return F.binary_cross_entropy_with_logits(logits, targets)
 
-    def fit_statistics(self) -> None:
-        """There are none, but training is done."""
-        self.model.centres.zero_()
+    def fit_centres(self, pairing: Pairing) -> None:
+        """Set centres of ones: there are none to fit, and without any the model would not score."""
+        self.model.set_centres(torch.ones_like(self.model.centres), fixed_size(self.pre_processor))

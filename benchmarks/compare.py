@@ -2,18 +2,20 @@
 
 That is several seeds, latency, memory, size, and going on after a failure or a break: every model, category and seed
 is a cell with a process of its own and a line in ``results.csv``, and what has a line is not run again. Latency is
-measured at the end, of all models in turns. Run by ``make bench-compare``.
+measured at the end, of all models in turns. The models stand in a YAML file; see ``configs/compare``. Run by
+``make bench-compare``.
 """
 
 import argparse
-import math
 import statistics
 import time
 import traceback
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,36 +30,73 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import CenterCrop, Resize
 from torchvision.transforms.v2.functional import resize
 
-from common import check_categories, exported_size, hardware, in_child, peak_memory
-from contenders import ABLATIONS, BATCH_SIZE, EFFICIENT_AD_STEPS, EPOCHS, PAPER, contender
-from report import contact_sheet, not_run, row_labels, table, trade_off
+from anomalib_cse import Cse
 
-KEY = ["model", "category", "seed", "deviations"]
-NETWORK = ["model", "category", "deviations"]  # has a latency
-MEASURED = [
-    "image_AUROC",
-    "image_F1Score",
-    "pixel_AUROC",
-    "pixel_AUPRO",
-    "fit_s",
-    "exported_MB",
-    "peak_MB",
-    "remark",
-    "failed",
-]
+from common import OPSET, QUIET, Row, exported_size, hardware, in_child, input_size, peak_memory
+from contenders import Contender, read_contenders
+from report import contact_sheet, not_run, table, trade_off
+
+CONFIG = Path(__file__).parents[1] / "configs" / "compare" / "offline.yaml"
+KEY = ["model", "category", "seed"]
+TEXTS = ["model", "category", "settings", "deviations", "remark", "failed"]
+METRICS = ["image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO"]
+COLUMNS = [*KEY, "deviations", *METRICS, "fit_s", "exported_MB", "peak_MB", "remark", "failed", "settings"]
 SHOWN = 6  # test images on a contact sheet
 SHOWN_SIZE = [256, 256]
 
-Cell = dict[str, Any]  # the values of KEY
+
+@dataclass(frozen=True)
+class Cell:
+    """A model to be trained on a dataset with a seed."""
+
+    contender: Contender
+    dataset: Path
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What its line is found by."""
+        return self.contender.name, self.dataset.name, self.seed
 
 
-def images_of(options: argparse.Namespace, category: str, batch_size: int = BATCH_SIZE) -> MVTecAD:
-    """The images of a category, split as its folders are; its test images give the thresholds, as is anomalib's way."""
-    return MVTecAD(root=options.root, category=category, train_batch_size=batch_size, num_workers=0)
+def run_cell(cell: Cell, accelerator: str, keep: Path | None) -> Row:
+    """Fit, test and export a model.
+
+    Args:
+        cell: Which one, on what, with which seed.
+        accelerator: What to train with.
+        keep: Where to leave the network and its maps for what comes after all cells, if it is to do so.
+    """
+    seed_everything(cell.seed, verbose=False)
+    # anomalib's thresholds for all alike; Cse's own would have one defective image more right
+    model = cell.contender.build(cell.seed, evaluator=evaluator(), post_processor=PostProcessor(), visualizer=False)
+    epochs = cell.contender.epochs(model)
+    images = MVTecAD(
+        root=cell.dataset.parent,
+        category=cell.dataset.name,
+        train_batch_size=cell.contender.train_batch_size,
+        num_workers=0,
+    )
+    with TemporaryDirectory() as folder:
+        engine = Engine(
+            max_epochs=epochs,
+            # for thresholds alone: labelled images choose no epoch, and Cse's is chosen before, by a hold-out loss
+            check_val_every_n_epoch=1 if isinstance(model, Cse) else epochs,
+            accelerator=accelerator,
+            devices=1,
+            default_root_dir=folder,
+            **QUIET,
+        )
+        start = time.perf_counter()
+        engine.fit(model, datamodule=images)
+        seconds = time.perf_counter() - start
+        [metrics] = engine.test(model, datamodule=images, verbose=False)
+        costs = {"fit_s": seconds, "peak_MB": peak_memory()}  # before export, which takes memory of its own
+        return {**metrics, **costs, **leave(engine, model, images, Path(folder), keep)}
 
 
 def evaluator() -> Evaluator:
-    """Anomalib's metrics."""
+    """Return anomalib's metrics."""
     pixels = {"fields": ["anomaly_map", "gt_mask"], "prefix": "pixel_", "strict": False}
     return Evaluator(
         test_metrics=[
@@ -69,71 +108,24 @@ def evaluator() -> Evaluator:
     )
 
 
-def run_cell(cell: Cell, options: argparse.Namespace, keep: Path | None) -> dict[str, Any]:
-    """Fit, test and export a model.
-
-    Args:
-        cell: Which one, on what, with which seed.
-        options: Those of the command line.
-        keep: Where to leave the network and its maps for what comes after all cells, if it is to do so.
-    """
-    seed_everything(cell["seed"], verbose=False)
-    chosen = contender(cell["model"], cell["seed"], options)
-    category = next(path for path in options.categories if Path(path).name == cell["category"])
-    images = images_of(options, category, chosen.batch_size)
-    images.setup()
-    epochs = chosen.epochs or math.ceil(EFFICIENT_AD_STEPS / len(images.train_data))
-    # anomalib's thresholds for all alike; Cse's own would have one defective image more right
-    model = chosen.build(evaluator=evaluator(), post_processor=PostProcessor(), visualizer=False)
-    with TemporaryDirectory() as folder:
-        engine = Engine(
-            max_epochs=epochs,
-            check_val_every_n_epoch=epochs,  # for thresholds alone: no epoch is chosen by labelled images
-            accelerator=options.accelerator,
-            devices=1,
-            default_root_dir=folder,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        start = time.perf_counter()
-        engine.fit(model, datamodule=images)
-        seconds = time.perf_counter() - start
-        [metrics] = engine.test(model, datamodule=images, verbose=False)
-        peak = peak_memory()  # before export, which takes some of its own
-        return {
-            **metrics,
-            "fit_s": seconds,
-            "peak_MB": peak,
-            **leave(engine, model, images_of(options, category), Path(folder), keep),
-        }
-
-
-def leave(engine: Engine, model: AnomalibModule, images: MVTecAD, folder: Path, keep: Path | None) -> dict[str, Any]:
-    """Leave the model's maps and network and export it; give its size as OpenVINO has it, or say what there is not."""
+def leave(engine: Engine, model: AnomalibModule, images: MVTecAD, folder: Path, keep: Path | None) -> Row:
+    """Leave the model's maps and network and export it; return its size as OpenVINO has it, or what there is not."""
+    missing = "neither maps nor latency nor export"
     try:
         if keep:
             save_maps(engine, model, images, keep.with_suffix(".npz"))
             torch.save({"network": model.model.cpu().eval(), "size": input_size(model)}, keep.with_suffix(".part"))
             keep.with_suffix(".part").rename(keep.with_suffix(".pt"))  # there or not, but never half
+        missing = "not exported"
+        network = engine.export(model, "openvino", export_root=folder, onnx_kwargs=OPSET)
     except Exception as error:  # noqa: BLE001  whatever ails it, the hours of training before it count
         traceback.print_exception(error)
-        return {"remark": f"neither maps nor latency nor export: {type(error).__name__}"}
-    try:
-        network = Path(engine.export(model, "openvino", export_root=folder, onnx_kwargs={"opset_version": 18}))
-    except Exception as error:  # noqa: BLE001  as above
-        traceback.print_exception(error)
-        return {"remark": f"not exported: {type(error).__name__}"}
-    return {"exported_MB": exported_size(network)}
-
-
-def input_size(model: AnomalibModule) -> tuple[int, int]:
-    """Height and width of what the network gets to see."""
-    return tuple(model.pre_processor.transform(torch.rand(1, 3, 300, 300)).shape[-2:])
+        return {"remark": f"{missing}: {type(error).__name__}"}
+    return {"exported_MB": exported_size(Path(network))}
 
 
 def seen(model: AnomalibModule) -> list[float]:
-    """Which part of an image's height and width the network sees, as its pre-processing may crop."""
+    """Return the part of an image's height and width that the network sees, as its pre-processing may crop."""
     transforms = getattr(model.pre_processor.transform, "transforms", [])
     resized = [t.size for t in transforms if isinstance(t, Resize)]
     cropped = [t.size for t in transforms if isinstance(t, CenterCrop)]
@@ -141,8 +133,7 @@ def seen(model: AnomalibModule) -> list[float]:
 
 
 def save_maps(engine: Engine, model: AnomalibModule, images: MVTecAD, file: Path) -> None:
-    """The same test images for every model, the first of every kind of defect and of none, with this model's maps."""
-    images.setup()
+    """Save this model's maps of the first test image of every kind of defect and of none, and those images."""
     data = images.test_data
     kinds = [Path(path).parent.name for path in data.samples.image_path]
     first = sorted({kind: kinds.index(kind) for kind in sorted(kinds)}.values())[:SHOWN]
@@ -161,8 +152,8 @@ def save_maps(engine: Engine, model: AnomalibModule, images: MVTecAD, file: Path
     )
 
 
-def latencies(files: list[Path], rounds: int) -> dict[str, Any]:
-    """Median milliseconds that each network takes for one image, eager and on the CPU; none for one that fails.
+def latencies(files: list[Path], rounds: int) -> Row:
+    """Return the median milliseconds that each network takes for one image, eager and on the CPU, if it does not fail.
 
     All take turns, so that what else the machine does meets them alike.
     """
@@ -180,120 +171,110 @@ def latencies(files: list[Path], rounds: int) -> dict[str, Any]:
                     del saved[file], seconds[file]
                     continue
                 seconds[file].append(time.perf_counter() - start)
-    return {"ms": {file: statistics.median(values[2:]) * 1000 for file, values in seconds.items()}}
+    return {str(file): statistics.median(values[2:]) * 1000 for file, values in seconds.items()}
 
 
-def kept(output: Path, cell: Cell) -> Path:
-    """Where a cell leaves what is wanted after all of them; the suffix is to be set."""
-    row = " ".join(cell[key] for key in NETWORK)
-    return output / "kept" / f"{cell['category']}_{cell['model'].split()[0]}_{zlib.crc32(row.encode()):08x}.file"
-
-
-def cells_of(options: argparse.Namespace) -> list[Cell]:
-    """All cells that are asked for, seed by seed, so that a run that is broken off has compared all models."""
-    return [
-        {
-            "model": row,
-            "category": Path(category).name,
-            "seed": seed,
-            "deviations": "; ".join(contender(row, seed, options).deviations),
-        }
-        for seed in options.seeds
-        for category in options.categories
-        for row in options.models
-    ]
+def kept(output: Path, category: str, model: str) -> Path:
+    """Return where a cell leaves what is wanted after all of them; the suffix is to be set."""
+    return output / "kept" / f"{category}_{zlib.crc32(model.encode()):08x}.file"
 
 
 def read(file: Path, columns: list[str]) -> pd.DataFrame:
-    """The lines written so far; text that is empty is text."""
+    """Return the lines written so far; text that is empty is text."""
     if not file.exists():
         return pd.DataFrame(columns=columns)
-    texts = ["model", "category", "deviations", "remark", "failed"]
-    return pd.read_csv(file, dtype=dict.fromkeys(texts, str)).fillna(dict.fromkeys(texts, ""))
+    texts = [column for column in TEXTS if column in columns]
+    lines = pd.read_csv(file, dtype=dict.fromkeys(texts, str)).reindex(columns=columns)
+    return lines.fillna(dict.fromkeys(texts, ""))
+
+
+def cells_to_do(options: argparse.Namespace, lines: pd.DataFrame) -> Iterator[Cell]:
+    """Give the cells that have no line, seed by seed, so that a run that is broken off has compared all models.
+
+    Raises:
+        SystemExit: If a line is of another model of the same name.
+    """
+    done = lines.set_index(KEY)["settings"].to_dict()
+    for seed in options.seeds:
+        for category in options.categories:
+            for contender in options.models:
+                cell = Cell(contender, options.root / category, seed)
+                if done.get(cell.key, contender.settings) != contender.settings:
+                    raise SystemExit(
+                        f"{options.output} has {cell.key} with other settings than {options.config} gives "
+                        f"{contender.name!r}: give the changed model another name, or another --output"
+                    )
+                if cell.key not in done:
+                    yield cell
 
 
 def run(options: argparse.Namespace) -> pd.DataFrame:
     """Run the cells that have no line yet, and return all lines."""
     file = options.output / "results.csv"
     (options.output / "kept").mkdir(parents=True, exist_ok=True)
-    lines = read(file, KEY + MEASURED)
-    cells = cells_of(options)
+    lines = read(file, COLUMNS)
     if options.retry_failed:
-        asked = pd.MultiIndex.from_frame(lines[KEY]).isin([tuple(cell.values()) for cell in cells])
+        asked = lines["model"].isin([contender.name for contender in options.models])
         lines = lines[(lines["failed"] == "") | ~asked]
         lines.to_csv(file, index=False)
-    done = set(lines[KEY].itertuples(index=False, name=None))
-    cells = [cell for cell in cells if tuple(cell.values()) not in done]
-    print(f"{hardware()}\n{len(done)} cells are done, {len(cells)} to do", flush=True)
+    cells = list(cells_to_do(options, lines))
+    print(f"{hardware()}\n{len(lines)} cells are done, {len(cells)} to do", flush=True)
     for number, cell in enumerate(cells, start=1):
-        print(f"[{number}/{len(cells)}] {cell['model']} on {cell['category']}, seed {cell['seed']} ...", flush=True)
-        keep = kept(options.output, cell)  # of the first seed
+        print(f"[{number}/{len(cells)}] {' '.join(map(str, cell.key))} ...", flush=True)
+        keep = kept(options.output, cell.dataset.name, cell.contender.name)  # of the first seed
         keep = None if keep.with_suffix(".pt").exists() else keep
-        unavailable = contender(cell["model"], cell["seed"], options).unavailable
-        row = (
-            {"failed": unavailable}
-            if unavailable
-            else in_child(
-                run_cell, cell, options, keep, time_limit=options.time_limit, memory_limit=options.memory_limit
-            )
-        )
-        print(f"    {row.get('failed') or summary(row)}", flush=True)
-        line = pd.DataFrame([{**cell, **row}], columns=KEY + MEASURED)
-        line.to_csv(file, mode="a", header=not file.exists(), index=False)
-    return read(file, KEY + MEASURED)
-
-
-def summary(row: dict[str, Any]) -> str:
-    """A cell's outcome in a few words."""
-    return f"image AUROC {row['image_AUROC']:.3f}, fit {row['fit_s']:.0f} s, {row['peak_MB']:.0f} MB"
+        limits = {"time_limit": options.time_limit, "memory_limit": options.memory_limit}
+        row = in_child(partial(run_cell, cell, options.accelerator, keep), **limits)
+        print("   ", row.get("failed") or f"image AUROC {row['image_AUROC']:.3f}, fit {row['fit_s']:.0f} s", flush=True)
+        described = {"deviations": cell.contender.note, "settings": cell.contender.settings}
+        line = {**dict(zip(KEY, cell.key, strict=True)), **described, **row}
+        pd.DataFrame([line], columns=COLUMNS).to_csv(file, mode="a", header=not file.exists(), index=False)
+    return read(file, COLUMNS)
 
 
 def measure_latency(options: argparse.Namespace, lines: pd.DataFrame) -> pd.DataFrame:
-    """Latency of all models, anew if one is missing: numbers of different occasions cannot be compared."""
-    file = options.output / "latency.csv"
-    which = lines.loc[lines["failed"] == "", NETWORK].drop_duplicates()
-    cells = [cell for cell in which.to_dict("records") if kept(options.output, cell).with_suffix(".pt").exists()]
-    known = read(file, [*NETWORK, "ms"])
-    measured_before = set(known[NETWORK].itertuples(index=False, name=None))
-    if not options.latency and {tuple(cell.values()) for cell in cells} <= measured_before:
+    """Return the latency of all models, anew if one is missing: numbers of different occasions cannot be compared."""
+    columns = ["model", "category", "ms"]
+    known = read(options.output / "latency.csv", columns)
+    names = lines.loc[lines["failed"] == "", ["model", "category"]].drop_duplicates().itertuples(index=False, name=None)
+    files = {(m, c): kept(options.output, c, m).with_suffix(".pt") for m, c in names}
+    files = {cell: file for cell, file in files.items() if file.exists()}
+    if not options.latency and files.keys() <= set(known[["model", "category"]].itertuples(index=False, name=None)):
         return known
-    print(f"Latency of {len(cells)} networks ...", flush=True)
-    files = [kept(options.output, cell).with_suffix(".pt") for cell in cells]
-    result = in_child(latencies, files, options.rounds)
+    print(f"Latency of {len(files)} networks ...", flush=True)
+    result = in_child(partial(latencies, list(files.values()), options.rounds))
     if "failed" in result:
         print(f"latency could not be measured: {result['failed']}", flush=True)
         return known
-    times = result["ms"]
-    measured = pd.DataFrame([{**c, "ms": times[f]} for c, f in zip(cells, files, strict=True) if f in times])
-    measured.to_csv(file, index=False)
-    return measured
+    measured = [(*cell, result[str(file)]) for cell, file in files.items() if str(file) in result]
+    latency = pd.DataFrame(measured, columns=columns)
+    latency.to_csv(options.output / "latency.csv", index=False)
+    return latency
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="list of models; see configs/compare")
     parser.add_argument("--root", type=Path, required=True, help="folder of datasets in MVTec AD's layout")
     parser.add_argument("--categories", nargs="+", required=True, help="folders in it")
-    parser.add_argument("--backbone", help="a timm name or local-dir:FOLDER for all models that take it")
-    parser.add_argument("--offline", action="store_true", help="no hub: random weights for models that take no folder")
-    parser.add_argument("--dtd-dir", help="texture photographs for Cse and Draem; default: each one's own")
-    parser.add_argument("--models", nargs="+", help="names, with arguments if wanted: Patchcore 'Cse embedder=network'")
-    parser.add_argument("--ablation", nargs="+", choices=ABLATIONS, default=[], help="variants of Cse instead")
+    parser.add_argument("--models", nargs="+", help="names of the list; default: all of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="most epochs; below a model's own number the table says so")
     parser.add_argument("--accelerator", default="auto", help="to train with; latency is always the processor's")
     parser.add_argument("--time-limit", type=int, default=0, help="most seconds for a cell; 0 for no limit")
     parser.add_argument("--memory-limit", type=float, default=0, help="most GiB for a cell; 0 for no limit")
-    parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
+    parser.add_argument("--retry-failed", action="store_true", help="run failed cells of these models again")
     parser.add_argument("--latency", action="store_true", help="measure latency anew, on a quieter machine")
     parser.add_argument("--rounds", type=int, default=20, help="of the latency measurement")
     parser.add_argument("--output", type=Path, default=Path("results/compare"))
     options = parser.parse_args(arguments)
-    check_categories(parser, options)
-    if not options.models:
-        rows = dict.fromkeys(["Cse", PAPER, *EPOCHS, "EfficientAd"])
-        options.models = [] if options.ablation else [row for row in rows if row != "BinaryClassifier"]
-    options.models = list(dict.fromkeys([*options.models, *(row for a in options.ablation for row in ABLATIONS[a])]))
+    for category in options.categories:
+        if not (options.root / category / "train" / "good").is_dir():
+            parser.error(f"{options.root / category} has no train/good: --root and --categories must lead to a dataset")
+    known = read_contenders(options.config)
+    if unknown := set(options.models or ()) - known.keys():
+        parser.error(f"{options.config} has the models {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    options.models = [known[name] for name in options.models or known]
     return options
 
 
@@ -305,11 +286,10 @@ def main(arguments: list[str] | None = None) -> None:
     text = f"{table(lines, latency)}\n\n{not_run(lines)}{hardware()}\n"
     (options.output / "table.md").write_text(text)
     trade_off(lines, latency, options.output / "trade_off.png")
-    for category in lines["category"].unique():
-        rows = lines.loc[(lines["category"] == category) & (lines["failed"] == ""), NETWORK].drop_duplicates()
-        files = [kept(options.output, row).with_suffix(".npz") for row in rows.to_dict("records")]
-        shown = {name: file for name, file in zip(row_labels(rows), files, strict=True) if file.exists()}
-        contact_sheet(shown, options.output / f"maps_{category}.png")
+    for category, of_category in lines[lines["failed"] == ""].groupby("category"):
+        maps = {name: kept(options.output, category, name).with_suffix(".npz") for name in of_category["model"]}
+        sheet = {name: file for name, file in maps.items() if file.exists()}
+        contact_sheet(sheet, options.output / f"maps_{category}.png")
     print(text)
 
 

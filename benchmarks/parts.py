@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator, default_rng
 
-from anomalib_cse.demo import CROP, Image, crop, write_dataset
+from anomalib_cse.data.demo import CROP, Image, crop, write_dataset
 
 FINER = 4  # pixels of a layout to one of an image, along either axis
 CONTRAST = 0.35  # of the photographs
@@ -21,27 +21,27 @@ Region = tuple[Image, float]  # a mask, 255 where it is, on 640x640 pixels; its 
 
 
 def blank() -> Image:
-    """The mask of nothing."""
+    """Return the mask of nothing."""
     return np.zeros((FINER * CROP, FINER * CROP), np.uint8)
 
 
 def disc(x: int, y: int, radius: int) -> Image:
-    """A filled circle."""
+    """Draw a filled circle."""
     return cv2.circle(blank(), (x, y), radius, 255, -1)
 
 
 def box(left: int, top: int, right: int, bottom: int) -> Image:
-    """A filled rectangle."""
+    """Draw a filled rectangle."""
     return cv2.rectangle(blank(), (left, top), (right, bottom), 255, -1)
 
 
 def polygon(*corners: tuple[int, int]) -> Image:
-    """A filled polygon."""
+    """Draw a filled polygon."""
     return cv2.fillPoly(blank(), [np.array(corners, np.int32)], 255)
 
 
 def letters(text: str, x: int, y: int) -> Image:
-    """Printed letters."""
+    """Draw printed letters."""
     return cv2.putText(blank(), text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 3, 255, 10)
 
 
@@ -74,7 +74,7 @@ PARTS: dict[str, Sequence[Region]] = {
 
 
 def photograph_part(layout: Sequence[Region], photographs: Sequence[Image], rows: slice, rng: Generator) -> Image:
-    """One image of a part ``(160, 160)``: not quite in its place, a little lighter or darker, and noisy.
+    """Return an image of a part ``(160, 160)``: not quite in its place, a little lighter or darker, and noisy.
 
     Args:
         layout: Regions, each over the ones before.

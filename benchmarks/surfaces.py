@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from anomalib_cse.demo import CATEGORIES, SurfaceDemo, crop, write_dataset
+from anomalib_cse.data.demo import CATEGORIES, SurfaceDemo, crop, write_dataset
 
 from parts import write_parts
 
@@ -21,7 +21,7 @@ SMALLEST = 480  # shorter side of those that are large enough
 
 
 def squared(photograph: np.ndarray) -> np.ndarray:
-    """The middle of a photograph ``(H, W)`` as ``(SIDE, SIDE)``, enlarged if it is too small."""
+    """Return the middle of a photograph ``(H, W)`` as ``(SIDE, SIDE)``, enlarged if it is too small."""
     larger = SIDE / min(photograph.shape)
     if larger > 1:
         photograph = cv2.resize(photograph, None, fx=larger, fy=larger, interpolation=cv2.INTER_CUBIC)
@@ -57,14 +57,13 @@ def write_others(photographs: Path, output: Path) -> None:
             link.symlink_to(file)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Write what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument(
-        "--photographs", type=Path, help="folder with a folder for each kind (DTD's), for others and parts"
-    )
-    options = parser.parse_args()
+    help_ = "folder with a folder for each kind (DTD's), for others and parts"
+    parser.add_argument("--photographs", type=Path, help=help_)
+    options = parser.parse_args(arguments)
     if options.output.exists():
         parser.error(f"{options.output} exists: give a new folder")
     for category in CATEGORIES:

@@ -1,4 +1,4 @@
-"""Score a folder of images, a video or a camera with an exported Cse, several frames at once.
+"""Score a folder of images, a video or a camera with an exported Cse or CseGaussian, several frames at once.
 
     python examples/camera_loop.py exported/weights/openvino/model.xml SOURCE --rejects rejects
 

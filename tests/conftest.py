@@ -2,6 +2,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+
+from tiny import COMMON, MODELS, QUIET
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +47,27 @@ def texture_folder(tmp_path):
     for number in range(3):
         cv2.imwrite(str(folder / f"{number}.jpg"), np.full((40, 50, 3), 60 * number, np.uint8))
     return tmp_path / "dtd"
+
+
+@pytest.fixture(scope="session")
+def dtd(tmp_path_factory):
+    """Photographs of textures: to generate them takes longer than to fit a tiny model."""
+    folder = tmp_path_factory.mktemp("dtd")
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        noise = cv2.resize(rng.integers(0, 255, (8 << number, 8 << number, 3), dtype=np.uint8), (256, 256))
+        cv2.imwrite(str(folder / f"{number}.png"), noise)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(mvtec_root, dtd, tmp_path_factory):
+    """Both models by name, fitted to the tiny dataset, and their checkpoints: ``(model, path)``. Not to be changed."""
+    models = {}
+    for name, model_class in MODELS.items():
+        torch.manual_seed(0)
+        model, results = model_class(**COMMON, dtd_dir=str(dtd)), tmp_path_factory.mktemp(name)
+        engine = Engine(max_epochs=2, default_root_dir=results, **QUIET)
+        engine.fit(model, datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0))
+        models[name] = model, engine.best_model_path
+    return models

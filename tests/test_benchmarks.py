@@ -1,6 +1,7 @@
-"""The benchmarks: what the comparison runs, what it leaves out, its arithmetic; what the variants start from."""
+"""The benchmarks: what the comparison makes and leaves out, its lists of models, costs, and made-up surfaces."""
 
-import importlib
+import argparse
+import inspect
 import math
 import time
 from pathlib import Path
@@ -11,20 +12,29 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from anomalib.models import Patchcore
+import yaml
+from anomalib.models import AnomalibModule
 from torchvision.transforms.v2 import Normalize
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TINY = "layers=[2,3] image_size=[64,64]"
-ROWS = [f"Cse embedder=network {TINY}", "Patchcore coreset_sampling_ratio=0", f"BinaryClassifier {TINY}", "Cfa"]
+from anomalib_cse import Cse
+
+from tiny import COMMON
+
+ROOT = Path(__file__).parents[1]
+LISTS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
+TINY = {key: list(v) if isinstance(v, tuple) else v for key, v in COMMON.items() if key != "seed"}
+BINARY = {"name": "Binary", "class_path": "classifier.BinaryClassifier", "init_args": TINY, "max_epochs": 2}
+BROKEN = {"name": "Broken", "class_path": "anomalib_cse.Cse", "init_args": {"num_centres": 0}}
 
 
-@pytest.fixture(autouse=True)
-def modules(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+@pytest.fixture(scope="module", autouse=True)
+def modules():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     """A tiny network in a folder, with means of its own."""
     folder = tmp_path_factory.mktemp("weights") / "tiny"
@@ -33,247 +43,193 @@ def backbone(tmp_path_factory):
     return f"local-dir:{folder}"
 
 
-@pytest.fixture
-def compare():
-    return importlib.import_module("compare")
+@pytest.fixture(scope="module")
+def compared(mvtec_root, tmp_path_factory):
+    """The arguments of a comparison that has been run, and its output."""
+    from compare import main
+
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "models.yaml").write_text(yaml.safe_dump({"models": [BROKEN, {**BINARY, "note": "tiny"}]}))
+    arguments = ["--config", str(folder / "models.yaml"), "--root", str(mvtec_root), "--categories", "tiny"]
+    arguments += ["--seeds", "0", "--rounds", "2", "--output", str(folder / "output")]
+    main(arguments)
+    return arguments, folder / "output"
 
 
-def in_this_process(function, *arguments, **limits):
-    """What ``in_child`` does, without the seconds that a process takes to start."""
-    try:
-        return {**function(*arguments), "peak MB": 0}
-    except ValueError as error:
-        return {"failed": str(error)}
-
-
-def test_every_cell_runs_once_and_a_failed_one_stops_nothing(
-    compare, mvtec_root, backbone, texture_folder, monkeypatch
-):
-    ran, output = [], texture_folder / "output"
-
-    def note(function, *arguments, **limits):
-        ran.append((function.__name__, *(arguments[0].values() if function is compare.run_cell else ())))
-        return in_this_process(function, *arguments, **limits)
-
-    monkeypatch.setattr(compare, "in_child", note)
-    arguments = ["--root", str(mvtec_root), "--categories", "tiny", "--backbone", backbone, "--offline"]
-    arguments += ["--dtd-dir", str(texture_folder), "--output", str(output), "--rounds", "2"]
-    arguments += ["--models", *ROWS, "--seeds", "0", "--epochs", "1"]
-    compare.main(arguments)
-    lines = pd.read_csv(output / "results.csv").fillna({"failed": ""})
-    assert lines["model"].tolist() == ROWS
-    assert lines["image_AUROC"].notna().tolist() == [True, False, True, False]
-    assert "coreset_size" in lines["failed"][1]
-    assert "download" in lines["failed"][3]
-    assert (lines.loc[[0, 2], ["fit_s", "exported_MB", "peak_MB", "image_F1Score"]] > 0).all(axis=None)
-    assert lines.loc[[0, 2], "pixel_AUPRO"].between(0, 1).all()
-    assert "1 epochs instead of 100" in lines["deviations"][0]
-    assert pd.read_csv(output / "latency.csv")["ms"].gt(0).tolist() == [True, True]
+def test_comparison_makes_a_table_and_a_failed_model_stops_nothing(compared):
+    _, output = compared
+    broken, binary = pd.read_csv(output / "results.csv").fillna({"failed": ""}).to_dict("records")
+    assert (broken["model"], binary["model"]) == ("Broken", "Binary")
+    assert "num_centres must be" in broken["failed"]
+    assert binary["failed"] == ""
+    assert all(binary[name] > 0 for name in ("fit_s", "exported_MB", "peak_MB", "image_F1Score"))
+    assert all(0 <= binary[name] <= 1 for name in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"))
+    [latency] = pd.read_csv(output / "latency.csv")["ms"]
+    assert latency > 0
     assert {file.name for file in output.glob("*.png")} == {"maps_tiny.png", "trade_off.png"}
-
-    ran.clear()
-    compare.main(arguments)
-    assert ran == []
-    assert len(pd.read_csv(output / "results.csv")) == len(ROWS)
-
-    compare.main([*arguments, "--retry-failed"])
-    assert [row[1] for row in ran] == [ROWS[1]]  # what cannot run is not tried
-    assert len(pd.read_csv(output / "results.csv")) == len(ROWS)
-
-    ran.clear()
-    compare.main([*arguments, "--retry-failed", "--models", ROWS[0]])
-    assert ran == []
-    assert len(pd.read_csv(output / "results.csv")) == len(ROWS)  # failures that were not asked about are kept
+    text = (output / "table.md").read_text()
+    assert "| 1 | tiny |" in next(line for line in text.splitlines() if line.startswith("| Binary"))
+    assert "| Broken | tiny | 0 | ValueError: num_centres must be" in text
 
 
-def test_a_process_that_dies_is_a_result(compare):
-    common = importlib.import_module("common")
+def test_comparison_goes_on_where_it_was_broken_off(compared, capsys):
+    from compare import main
+
+    arguments, output = compared
+    before = (output / "results.csv").read_bytes()
+    main(arguments)
+    assert "2 cells are done, 0 to do" in capsys.readouterr().out
+    main([*arguments, "--models", "Binary", "--retry-failed"])  # failures that were not asked about are kept
+    assert "2 cells are done, 0 to do" in capsys.readouterr().out
+    assert (output / "results.csv").read_bytes() == before
+
+
+def test_changed_model_wants_another_name(compared, tmp_path):
+    from compare import main
+
+    arguments, _ = compared
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump({"models": [{**BINARY, "max_epochs": 3}]}))
+    with pytest.raises(SystemExit, match="other settings"):
+        main([*arguments, "--config", str(tmp_path / "models.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--categories", "tiny", "square"], "square has no train/good"),
+        (["--models", "Nothing"], "has the models Broken, Binary; got Nothing"),
+    ],
+)
+def test_datasets_and_models_must_exist(wrong, message, compared, capsys):
+    from compare import parse
+
+    with pytest.raises(SystemExit):
+        parse([*compared[0], *wrong])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", LISTS, ids=lambda file: file.stem)
+def test_every_list_names_models_that_accept_their_arguments(file):
+    from contenders import read_contenders
+
+    contenders = read_contenders(file)
+    for contender in contenders.values():
+        kind = contender.model_class
+        assert issubclass(kind, AnomalibModule)
+        inspect.signature(Cse if issubclass(kind, Cse) else kind).bind(**contender.init_args)
+    assert "Cse" in contenders
+
+
+def test_list_with_a_misspelt_key_is_refused(tmp_path):
+    from contenders import read_contenders
+
+    (tmp_path / "models.yaml").write_text("models: [{name: Cse, class_path: anomalib_cse.Cse, epochs: 3}]")
+    with pytest.raises(ValueError, match="epochs"):
+        read_contenders(tmp_path / "models.yaml")
+
+
+def test_peers_get_the_normalisation_of_their_backbone(backbone):
+    from contenders import Contender
+
+    arguments = {"backbone": backbone, "layers": ["blocks.1", "blocks.2"]}
+    model = Contender("Patchcore", "anomalib.models.Patchcore", arguments).build(seed=0)
+    [normalise] = [t for t in model.pre_processor.transform.transforms if isinstance(t, Normalize)]
+    assert normalise.mean == [0.1, 0.2, 0.3]
+
+
+def test_process_that_dies_is_a_result():
+    from functools import partial
+
+    from common import in_child
+
     start = time.monotonic()
-    assert "not done after 4 s" in common.in_child(time.sleep, 60, time_limit=4)["failed"]
-    assert time.monotonic() - start < 30
-    assert "MemoryError" in common.in_child(bytearray, 2**33, memory_limit=1)["failed"]
+    assert in_child(partial(time.sleep, 60), time_limit=4)["failed"] == "not done after 4 s"
+    assert time.monotonic() - start < 40
+    assert "MemoryError" in in_child(partial(bytearray, 2**33), memory_limit=1)["failed"]
 
 
-def test_table_gives_mean_and_spread_over_the_seeds(compare):
-    key = {"model": "Cse", "category": "grid", "deviations": "tiny"}
+def test_table_gives_mean_and_spread_over_the_seeds():
+    from report import not_run, table
+
+    key = {"model": "Cse", "category": "grid"}
     costs = {"image_F1Score": 1.0, "pixel_AUROC": 1.0, "pixel_AUPRO": 1.0, "exported_MB": 1.0, "peak_MB": 1.0}
+    notes = {"deviations": "tiny", "remark": "", "failed": ""}
     lines = pd.DataFrame(
         [
-            {**key, "seed": 0, "image_AUROC": 0.5, "fit_s": 10.0, **costs, "remark": "", "failed": ""},
-            {**key, "seed": 1, "image_AUROC": 0.9, "fit_s": 30.0, **costs, "remark": "", "failed": ""},
-            {**key, "seed": 2, "failed": "no memory"},
+            {**key, "seed": 0, "image_AUROC": 0.5, "fit_s": 10.0, **costs, **notes},
+            {**key, "seed": 1, "image_AUROC": 0.9, "fit_s": 30.0, **costs, **notes},
+            {**key, "seed": 2, **notes, "failed": "no memory"},
         ]
     )
-    report = importlib.import_module("report")
-    text = report.table(lines, pd.DataFrame([{**key, "ms": 12.34}]))
-    [row] = [line for line in text.splitlines() if line.startswith("| Cse")]
+    [row] = [line for line in table(lines, pd.DataFrame([{**key, "ms": 12.34}])).splitlines() if "| Cse" in line]
     spread = math.sqrt((0.2**2 + 0.2**2) / 1)  # of a sample of two
     assert row.startswith(f"| Cse | 0.700 ± {spread:.3f} | 1.000 ± 0.000 |")
     assert row.endswith("| 12.3 | 20 | 1 | 1 | 2 | tiny |")
-    assert "| Cse | grid | 2 | no memory |" in report.not_run(lines)
+    assert "| Cse | grid | 2 | no memory |" in not_run(lines)
 
 
-def test_peers_get_the_backbone_its_normalisation_and_layers_of_their_strides(compare, mvtec_root, backbone):
-    contenders = importlib.import_module("contenders")
-    options = compare.parse(["--root", str(mvtec_root), "--categories", "tiny", "--backbone", backbone])
-    model = contenders.contender("Patchcore num_neighbors=3", 0, options).build()
-    assert isinstance(model, Patchcore)
-    assert model.model.num_neighbors == 3
-    shapes = [tuple(f.shape[-2:]) for f in model.model.feature_extractor(torch.rand(1, 3, 64, 64)).values()]
-    assert shapes == [(8, 8), (4, 4)]  # strides 8 and 16
-    [normalise] = [t for t in model.pre_processor.transform.transforms if isinstance(t, Normalize)]
-    assert normalise.mean == [0.1, 0.2, 0.3]
-    chosen = contenders.contender("Patchcore layers=[blocks.2]", 0, options)
-    assert chosen.build().model.layers == ["blocks.2"]
-    assert "layers" not in " ".join(chosen.deviations)
+def test_binary_classifier_is_trained_with_the_cross_entropy_of_all_images():
+    from anomalib_cse.cse.pairs import Pairs
 
+    from classifier import BinaryClassifier
 
-def test_what_a_row_asks_for_is_no_deviation(compare, mvtec_root, texture_folder):
-    contenders = importlib.import_module("contenders")
-    options = ["--root", str(mvtec_root), "--categories", "tiny", "--backbone", "resnet18", "--dtd-dir"]
-    options = compare.parse([*options, str(texture_folder)])
-    textures = f"textures of {texture_folder.name}"
-    expected = {
-        "Padim": ["resnet18 with its normalisation, layers of the default's strides", "100 features"],
-        "Padim n_features=50": ["resnet18 with its normalisation, layers of the default's strides"],
-        "Padim backbone=resnet34": ["resnet34 with its normalisation, layers of the default's strides", "100 features"],
-        "Cse": [textures, "resnet18"],
-        "Cse dtd_dir=builtin backbone=resnet34": ["textures of builtin", "resnet34"],
-        "Draem": [textures, "batches of 8, its paper's number"],
-    }
-    for row, deviations in expected.items():
-        model = contenders.contender(row, 0, options)
-        assert model.deviations == deviations
-        assert model.backbone in (None, model.arguments.get("backbone"))
-
-
-def test_categories_must_be_datasets(compare, mvtec_root, monkeypatch, capsys):
-    arguments = ["--root", str(mvtec_root), "--categories", "tiny", "square"]
-    monkeypatch.setattr("sys.argv", ["variants.py", *arguments])
-    for run in (lambda: compare.parse(arguments), importlib.import_module("variants").main):
-        with pytest.raises(SystemExit):
-            run()
-        assert "square has no train/good" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("row", ["Nothing", "Cse decoder"])
-def test_rows_must_name_models_and_arguments(compare, mvtec_root, row):
-    with pytest.raises(ValueError, match="--models"):
-        compare.cells_of(compare.parse(["--root", str(mvtec_root), "--categories", "tiny", "--models", row]))
-
-
-def test_binary_classifier_is_trained_with_the_cross_entropy_of_all_images(compare):
-    classifier = importlib.import_module("classifier").BinaryClassifier(
-        backbone="test_efficientnet", layers=[2, 3], pre_trained=False, seed=0
-    )
-    classifier.eval()
-    images, corrupt = torch.rand(4, 3, 64, 64), torch.tensor([True, False])
+    classifier = BinaryClassifier(**TINY).eval()
+    images, corrupted = torch.rand(4, 3, 64, 64), torch.tensor([True, False])
     first, second = (classifier.model.backbone(half) for half in images.chunk(2))
     classifier.model.embedder.load_state_dict(classifier.embedder.state_dict())
+    classifier.fit_centres(None)
     scores = classifier.model(images).pred_score
     expected = -(torch.log(1 - scores[:2]).sum() + torch.log(scores[2]) + torch.log(1 - scores[3])) / 4
-    assert torch.isclose(classifier.pair_loss(first, second, corrupt), expected, atol=1e-5)
-
-
-def test_binary_classifier_takes_no_argument_that_it_has_no_use_for(compare):
+    assert torch.isclose(classifier.pair_loss(Pairs(first, second, corrupted)), expected, atol=1e-5)
     with pytest.raises(ValueError, match="num_centres"):
-        importlib.import_module("classifier").BinaryClassifier(num_centres=2)
+        BinaryClassifier(num_centres=2)
 
 
-def test_variants_start_from_what_ships_and_change_it(compare, mvtec_root, backbone, texture_folder, monkeypatch):
-    variants = importlib.import_module("variants")
-    arguments = ["--root", str(mvtec_root), "--categories", "tiny", "--backbone", backbone]
-    arguments += ["--dtd-dir", str(texture_folder)]
-    for module in (variants, importlib.import_module("anomalib_cse.lightning_model")):
-        monkeypatch.setattr(module, "CORRUPTED_IMAGES", 16)
-    options = compare.parse([*arguments, "--output", str(texture_folder / "output")])
-    shipped = compare.run_cell({"model": "Cse", "category": "tiny", "seed": 0}, options, None)
-    options.seed = 0
-    features = variants.Features(options, "tiny", "256")
-    image, pixel = variants.evaluate(features, options, "as it is")
-    assert image == pytest.approx(shipped["image_AUROC"])
-    assert pixel == pytest.approx(shipped["pixel_AUPRO"], abs=1e-4)
-    replaced = [name for name, (_, _, parts) in variants.VARIANTS.items() if parts and "score" not in name]
-    found = {name: variants.evaluate(features, options, name)[1] for name in [*replaced, variants.NOT_SCALED]}
-    same = {name for name, other in found.items() if other == pixel}
-    assert len(same) == 1
-    assert same < {"one covariance for all positions", "positions' own covariances"}
+@pytest.mark.parametrize("name", ["Cse lite0", "CseGaussian lite0", "CseGaussian lite0, own covariances"])
+def test_latency_is_measured(name):
+    from cost import in_torch
+
+    assert min(in_torch(name, rounds=1).values()) > 0
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_latency_is_that_of_one_covariance_or_of_every_positions_own(own, compare):
-    latency = importlib.import_module("latency")
-    model = latency.cse("test_efficientnet", latency.OWN if own else "linear").model
-    assert model.fitted
-    assert {gaussian.roots.dim() for gaussian in model.simplified().maps} == {4 if own else 2}
+@pytest.mark.parametrize("name", ["Cse", "CseGaussian"])
+def test_cost_of_training_is_measured(name, mvtec_root, backbone):
+    from cost import fit
+
+    dataset = {"root": mvtec_root, "category": "tiny"}
+    options = argparse.Namespace(backbone=backbone, dtd_dir="builtin", epochs=2, **dataset)
+    row = fit(name, options, budget=1)
+    assert row["images"] == 10
+    assert row["fit s"] > row.get("epoch s", 0) >= 0
 
 
-def test_cells_have_the_means_of_their_positions(compare):
-    values = torch.rand(4, 6, 3)
-    means = importlib.import_module("variants").in_blocks(values, 2)
-    for i in range(4):
-        for j in range(6):
-            block = values[i // 2 * 2 : i // 2 * 2 + 2, j // 2 * 2 : j // 2 * 2 + 2]
-            assert torch.allclose(means[i, j], block.mean(dim=(0, 1)))
+def test_surfaces_are_the_first_photographs_that_are_large_enough_and_the_same_every_time(tmp_path, capsys):
+    from surfaces import main
 
+    from parts import PARTS
 
-def test_surfaces_are_the_first_photographs_that_are_large_enough(compare, tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
-    kinds = {"a": {"1": (470, 600), "2": (480, 600), "3": (600, 600)}, "b": {"1": (530, 520)}, "c": {"1": (300, 300)}}
-    for kind, shapes in kinds.items():
-        (tmp_path / "photographs" / kind).mkdir(parents=True)
-        for name, shape in shapes.items():
-            image = rng.integers(0, 256, shape, dtype=np.uint8)
-            cv2.imwrite(str(tmp_path / "photographs" / kind / f"{name}.jpg"), image)
-    surfaces, parts = (importlib.import_module(name) for name in ("surfaces", "parts"))
-    arguments = ["--photographs", str(tmp_path / "photographs"), "--output", str(tmp_path / "output")]
-    monkeypatch.setattr("sys.argv", ["surfaces.py", *arguments])
-    surfaces.main()
-    assert capsys.readouterr().out.split() == ["a:", "2.jpg", "b:", "1.jpg"]
-    others = tmp_path / "output" / "other_photographs"
-    assert {str(file.relative_to(others)) for file in others.rglob("*.jpg")} == {"a/1.jpg", "a/3.jpg", "c/1.jpg"}
-    sets = {path.name for path in others.parent.iterdir()}
-    assert sets == {"a", "b", "brick", "grass", "gravel", others.name, *parts.PARTS}
-    cut, small = (cv2.imread(str(tmp_path / "photographs" / kind), 0) for kind in ("b/1.jpg", "a/2.jpg"))
-    enlarged = cv2.resize(small, (640, 512), interpolation=cv2.INTER_CUBIC)
-    for kind, whole in (("b", cut[9:521, 4:516]), ("a", enlarged[:, 64:576])):
-        for split, rows in (("train", whole[:320]), ("test", whole[320:])):
-            for file in (tmp_path / "output" / kind / split / "good").iterdir():
-                image = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
-                assert cv2.matchTemplate(rows, image, cv2.TM_SQDIFF_NORMED).min() < 1e-4
+    shapes = {"a/1": (470, 600), "a/2": (480, 600), "a/3": (600, 600), "b/1": (530, 520), "c/1": (300, 300)}
+    for name, shape in shapes.items():
+        file = tmp_path / "photographs" / f"{name}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(file), rng.integers(0, 256, shape, dtype=np.uint8))
+    written = []
+    for output in (tmp_path / "first", tmp_path / "second"):
+        main(["--photographs", str(tmp_path / "photographs"), "--output", str(output)])
+        assert capsys.readouterr().out.split() == ["a:", "2.jpg", "b:", "1.jpg"]
+        assert {path.name for path in output.iterdir()} == {
+            "a", "b", "brick", "grass", "gravel", "other_photographs", *PARTS,
+        }  # fmt: skip
+        files = sorted(path for path in output.rglob("*") if path.is_file())
+        written.append({str(file.relative_to(output)): file.read_bytes() for file in files})
+    assert written[0] == written[1]
+    others = {name for name in written[0] if name.startswith("other_photographs")}
+    assert others == {f"other_photographs/{name}.jpg" for name in ("a/1", "a/3", "c/1")}
+    photograph = cv2.imread(str(tmp_path / "photographs" / "b" / "1.jpg"), cv2.IMREAD_GRAYSCALE)[9:521, 4:516]
+    for split, rows in (("train", photograph[:320]), ("test", photograph[320:])):  # that share no pixel
+        image = cv2.imread(str(tmp_path / "first" / "b" / split / "good" / "000.png"), cv2.IMREAD_GRAYSCALE)
+        assert cv2.matchTemplate(rows, image, cv2.TM_SQDIFF_NORMED).min() < 1e-4
     with pytest.raises(SystemExit):
-        surfaces.main()
-    assert f"{tmp_path / 'output'} exists" in capsys.readouterr().err
-
-
-def test_regions_of_parts_lie_about_where_they_belong_and_show_crops_of_photographs(compare):
-    parts = importlib.import_module("parts")
-    rng = np.random.default_rng(0)
-    flat = np.full((512, 512), 90, np.uint8)
-    noise = rng.choice(np.array([0, 200], np.uint8), (512, 512))
-    layout = [(parts.EVERYWHERE, 60), (parts.box(320, 160, 480, 480), 150)]
-    images = np.stack([parts.photograph_part(layout, [flat, noise], slice(0, 320), rng) for _ in range(60)])
-    assert images.shape == (60, 160, 160)
-    inside, outside = images[:, 45:115, 85:115], images[:, 5:155, 5:75]
-    assert abs(inside.mean() - 150) < 3
-    assert abs(outside.mean() - 60) < 2
-    assert abs(inside.std(axis=0).mean() - np.hypot(parts.CONTRAST * 100, 0.03 * 150)) < 2
-    assert outside.std(axis=0).mean() < 4
-    edges = (images[:, 80].astype(int) > 75).argmax(axis=1)
-    assert abs(edges.mean() - 80) < 1
-    assert 0.5 < edges.std() < 2
-    upper_dark = np.repeat(np.array([0, 200], np.uint8), [320, 192])[:, None].repeat(512, axis=1)
-    upper, lower = (
-        parts.photograph_part([(parts.EVERYWHERE, 120)], [upper_dark], rows, rng).mean()
-        for rows in (slice(0, 320), slice(320, 512))
-    )
-    assert abs(lower - upper - parts.CONTRAST * 200) < 20
-
-
-def test_parts_show_photographs_in_turn(compare, tmp_path, monkeypatch):
-    parts = importlib.import_module("parts")
-    shown = []
-    monkeypatch.setattr(parts, "write_dataset", lambda folder, cut, rng: shown.append(cut.args[1]))
-    monkeypatch.setattr(parts, "PARTS", {"a": [(None, 0)] * 2, "b": [(None, 0)] * 3})
-    parts.write_parts(["first", "second", "third"], tmp_path)
-    assert shown == [["first", "second"], ["third", "first", "second"]]
+        main(["--output", str(tmp_path / "first")])
+    assert f"{tmp_path / 'first'} exists" in capsys.readouterr().err

@@ -1,9 +1,12 @@
-"""anomalib's own command line, from configuration to exported model, on a tiny dataset."""
+"""anomalib's own command line, from configuration to exported model, and training by two processes."""
 
 import inspect
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -14,171 +17,113 @@ from anomalib import data as anomalib_data
 from anomalib import models as anomalib_models
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import MVTecAD
-from anomalib.engine import Engine
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
+from torch.nn import functional as F
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_cse import Cse
+from tiny import COMMON, MODELS, anomalib, flags
 
-from tiny import LINEAR, QUIET, TINY, anomalib, command_line, flags
+CONFIGS = Path(__file__).parents[1] / "configs"
 
-BENCHMARKS = Path(__file__).parents[1] / "configs" / "benchmark"
 
-DDP = """
-import torch
-from anomalib.data import MVTecAD
-from anomalib.engine import Engine
-from lightning.pytorch.callbacks import Callback
-from anomalib_cse import Cse
+def command_line(folder, *arguments):
+    """What ``anomalib`` prints when it is run in a folder; in this process, as each start takes seconds."""
+    with chdir(folder), redirect_stdout(StringIO()) as printed:
+        AnomalibCLI([str(argument) for argument in arguments])
+    return printed.getvalue()
 
-class Note(Callback):
-    sees = ()
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.current_epoch == 0:
-            self.sees += tuple(getattr(batch, "first", batch).tolist())
 
-if __name__ == "__main__":
-    model, note = Cse(**{model}), Note()
-    engine = Engine(
-        max_epochs=3, accelerator="cpu", devices=2, strategy="ddp", callbacks=[note], logger=False,
-        default_root_dir="ddp", enable_model_summary=False,
-    )
-    engine.fit(model, datamodule=MVTecAD(root={root!r}, category="tiny", num_workers=0))
-    state = {{"state": model.model.state_dict(), "best_loss": model.best_loss.item(), "sees": note.sees}}
-    torch.save(state, f"rank{{engine.trainer.global_rank}}.pt")
-"""
+def metrics(printed):
+    return re.findall(r"(\w+_(?:AUROC|F1Score)) +│ +([\d.]+)", printed)
 
 
 @pytest.fixture(scope="module")
-def trained(mvtec_root, tmp_path_factory):
-    """A folder in which ``anomalib train`` has run with flags, and what it printed."""
+def data(mvtec_root):
+    return {"root": str(mvtec_root), "category": "tiny", "num_workers": 0}
+
+
+@pytest.fixture(scope="module")
+def arguments(dtd):
+    return {**COMMON, "dtd_dir": str(dtd)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def first_run(request, arguments, data, tmp_path_factory):
+    """A folder in which ``anomalib train`` has run with flags, the model's name, and what was printed."""
     folder = tmp_path_factory.mktemp("cli")
-    data = {"root": mvtec_root, "category": "tiny", "num_workers": 0}
-    output = command_line(
-        folder, "train", "--model", "Cse", *flags("model", LINEAR), "--data", "MVTec", *flags("data", data),
-        "--trainer.max_epochs", "2", "--seed_everything", "0",
-    )  # fmt: skip
-    return folder, data, output
+    model = ["--model", request.param, *flags("model", arguments)]
+    dataset = ["--data", "MVTec", *flags("data", data)]
+    return folder, request.param, command_line(folder, "train", *model, *dataset, "--trainer.max_epochs", "2")
 
 
-def checkpoint(folder):
-    return folder / "results" / "Cse" / "MVTec" / "tiny" / "latest" / "weights" / "lightning" / "model.ckpt"
+def checkpoint(folder, name):
+    return folder / "results" / name / "MVTec" / "tiny" / "latest" / "weights" / "lightning" / "model.ckpt"
 
 
-def test_train_writes_metrics_pictures_and_a_checkpoint(trained):
-    folder, _, output = trained
-    assert "image_AUROC" in output
-    assert checkpoint(folder).is_file()
+def test_train_writes_metrics_pictures_and_a_checkpoint(first_run):
+    folder, name, printed = first_run
+    assert [metric for metric, _ in metrics(printed)] == [
+        "image_AUROC",
+        "image_F1Score",
+        "pixel_AUROC",
+        "pixel_F1Score",
+    ]
+    assert dict(metrics(printed))["image_AUROC"] == "1.0"
+    assert checkpoint(folder, name).is_file()
     assert len(list((folder / "results").rglob("images/square/*.png"))) == 4
 
 
-def test_test_predict_and_export(trained):
-    folder, data, trained_output = trained
-    model = ["--model", "Cse", *flags("model", LINEAR), "--ckpt_path", checkpoint(folder)]
-    output = command_line(folder, "test", *model, "--data", "MVTec", *flags("data", data))
-    line = next(line for line in trained_output.splitlines() if "pixel_AUROC" in line)
-    assert line in output  # the checkpoint gives the metrics that training ended with
-    command_line(folder, "predict", *model, "--data", data["root"] / "tiny" / "test" / "square")
-    command_line(folder, "export", *model, "--export_type", "openvino", "--export_root", folder / "exported")
-    names = {path.name for path in (folder / "exported").rglob("*") if path.is_file()}
-    assert {"model.xml", "model.bin"} <= names
+def test_test_predict_and_export_take_the_checkpoint(first_run, arguments, data, tmp_path):
+    folder, name, printed = first_run
+    model = ["--model", name, *flags("model", arguments), "--ckpt_path", checkpoint(folder, name)]
+    assert metrics(command_line(tmp_path, "test", *model, "--data", "MVTec", *flags("data", data))) == metrics(printed)
+    command_line(tmp_path, "predict", *model, "--data", Path(data["root"]) / "tiny" / "test" / "square")
+    assert len(list(tmp_path.rglob(f"{name}/*/images/**/*.png"))) >= 4
+    command_line(tmp_path, "export", *model, "--export_type", "torch", "--export_root", tmp_path / "exported")
+    assert [path.name for path in (tmp_path / "exported").rglob("*.*")] == ["model.pt"]
 
 
-def test_configuration_file_gives_what_the_flags_give(trained):
-    folder, data, trained_output = trained
+def test_configuration_file_gives_what_flags_give(first_run, arguments, data, tmp_path):
+    _, name, printed = first_run
+    lists = {"layers": [2, 3], "image_size": [64, 64]}
     config = {
-        "model": {"class_path": "anomalib_cse.Cse", "init_args": LINEAR},
-        "data": {"class_path": "MVTec", "init_args": {**data, "root": str(data["root"])}},
+        "model": {"class_path": f"anomalib_cse.{name}", "init_args": {**arguments, **lists}},
+        "data": {"class_path": "MVTec", "init_args": data},
         "trainer": {"max_epochs": 2},
-        "default_root_dir": str(folder / "from_config"),
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    output = command_line(folder, "train", "--config", folder / "config.yaml")
-    line = next(line for line in trained_output.splitlines() if "pixel_AUROC" in line)
-    assert line in output
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert metrics(command_line(tmp_path, "train", "--config", tmp_path / "config.yaml")) == metrics(printed)
 
 
-# of 10 images 7 train, in shares of 4 and 3; of 2 images 1 trains, fewer than there are processes
-@pytest.mark.parametrize(("count", "training", "share"), [(10, 7, 4), (2, 1, 1)], ids=["uneven shares", "one image"])
-def test_two_processes_get_one_model(count, training, share, mvtec_root, tmp_path):
-    """Lightning's DDP: both have the same best weights and centres, and those are what one process would fit."""
-    shutil.copytree(mvtec_root, tmp_path / "data")
-    for file in sorted((tmp_path / "data" / "tiny" / "train" / "good").iterdir())[count:]:
-        file.unlink()
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP.format(model=TINY, root=str(tmp_path / "data")))
-    run = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=180
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    assert len(first["sees"]) == len(second["sees"]) == share
-    assert len(set(first["sees"] + second["sees"])) == training  # the larger share is filled up
-    assert first["best_loss"] == second["best_loss"]
-    for name, value in first["state"].items():
-        assert torch.equal(value, second["state"][name]), name
-    model = Cse(**TINY).model
-    model.load_state_dict(first["state"])
-    images = MVTecAD(root=tmp_path / "data", category="tiny")
-    images.setup()
-    with torch.no_grad():
-        embeddings = model.embed(torch.stack([resize(item.image, [64, 64]) for item in images.train_data]))
-    centre = embeddings.mean(dim=(0, 2, 3))
-    assert torch.allclose(model.centres[0], centre / centre.norm(), atol=1e-5)
-
-
-def test_two_processes_get_the_closed_form_of_one(mvtec_root, tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP.format(model=LINEAR, root=str(mvtec_root)))
-    run = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=180
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)["state"] for rank in range(2))
-    model = Cse(**LINEAR)
-    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
-    Engine(default_root_dir=tmp_path, **QUIET).fit(model, datamodule=data)
-    assert all(torch.equal(first[name], second[name]) for name in model.model.state_dict())
-    images = torch.rand(4, 3, 64, 64)
-    expected = model.model(images).anomaly_map
-    model.model.load_state_dict(first)
-    assert torch.allclose(model.model(images).anomaly_map, expected, rtol=1e-3)  # they have a thread each
-
-
-def test_benchmark_makes_one_table(trained):
-    folder, data, _ = trained
-    backbone = {"backbone": "test_resnet", "layers": ["layer3", "layer4"], "pre_trained": False}
+def test_benchmark_makes_one_table(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_TRAINER_MAX_EPOCHS", "1")  # Lightning's; anomalib's benchmark has no argument for it
+    backbones = {"Cse": "test_resnet", "CseGaussian": "test_resnet", "Patchcore": "test_resnet", "Padim": "resnet18"}
+    arguments = {"layers": ["layer3", "layer4"], "pre_trained": False}
+    grid = [{"class_path": name, "init_args": {"backbone": b, **arguments}} for name, b in backbones.items()]
     config = {
         "accelerator": "cpu",
-        "benchmark": {
-            "seed": 0,
-            "model": {"class_path": {"grid": ["Cse", "Patchcore"]}, "init_args": backbone},
-            "data": {"class_path": "MVTec", "init_args": {**data, "root": str(data["root"])}},
-        },
+        "benchmark": {"seed": 0, "model": {"grid": grid}, "data": {"class_path": "MVTec", "init_args": data}},
     }
-    (folder / "benchmark.yaml").write_text(yaml.safe_dump(config))
-    command_line(folder, "benchmark", "--config", folder / "benchmark.yaml")
-    [results] = (folder / "runs" / "benchmark").rglob("results.csv")
+    (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config))
+    command_line(tmp_path, "benchmark", "--config", tmp_path / "benchmark.yaml")
+    [results] = (tmp_path / "runs" / "benchmark").rglob("results.csv")
     table = pd.read_csv(results)
-    assert table["model.class_path"].tolist() == ["Cse", "Patchcore"]
+    assert table["model.class_path"].tolist() == list(backbones)
     assert table["image_AUROC"].between(0, 1).all()
 
 
-def test_every_configuration_is_accepted(capsys):
-    root = Path(__file__).parents[1] / "configs"
-    files = [*sorted(root.glob("*.yaml")), *sorted(root.glob("model/*.yaml"))]
-    assert len(files) >= 4
-    for file in files:
-        data = [] if "data:" in file.read_text() else ["--data", "MVTec"]
-        with pytest.raises(SystemExit) as stopped:
-            AnomalibCLI(["train", "--config", str(file), *data, "--print_config"], run=False)
-        assert not stopped.value.code
-        assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"].endswith("Cse")
+@pytest.mark.parametrize("file", [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("model/*.yaml")], ids=lambda file: file.stem)
+def test_configuration_is_accepted(file, capsys):
+    data = [] if "data:" in file.read_text() else ["--data", "MVTec"]
+    with pytest.raises(SystemExit) as stopped:
+        AnomalibCLI(["train", "--config", str(file), *data, "--print_config"], run=False)
+    assert not stopped.value.code
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"].split(".")[-1] in MODELS
 
 
-@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_benchmark_makes_one_table_of_what_the_models_accept(file):
+@pytest.mark.parametrize("file", [*CONFIGS.glob("benchmark/*.yaml")], ids=lambda file: file.stem)
+def test_benchmark_configuration_makes_one_table_of_what_models_accept(file):
     rows = list(get_iterator_from_grid_dict(yaml.safe_load(file.read_text())["benchmark"]))
     assert len({frozenset(flatten_dict(row)) for row in rows}) == 1  # anomalib's table needs the same columns
     for row in rows:
@@ -188,15 +133,94 @@ def test_every_benchmark_makes_one_table_of_what_the_models_accept(file):
 
 
 @pytest.mark.parametrize(
-    ("model", "category", "last"),
+    ("model", "options", "said"),
     [
-        ({**TINY, "layers": [9]}, "brick", "layers must be distinct numbers in 0..4 or names out of"),
-        (TINY, "wood", "category must be one of"),
+        ("Cse", ["--model.layers=[9]"], "layers must be distinct numbers in 0..4 or names out of ['blocks.0', "),
+        ("CseGaussian", ["--data.category=wood"], "category must be one of ('brick', 'grass', 'gravel'), got 'wood'"),
     ],
 )
-def test_an_argument_that_is_refused_is_the_last_that_is_said(model, category, last, tmp_path):
-    """And not jsonargparse's list of all arguments."""
-    data = ["--data", "SurfaceDemo", "--data.category", category]
-    run = anomalib(tmp_path, "fit", "--model", "Cse", *flags("model", model), *data)
+def test_an_argument_that_is_refused_is_said_at_the_end(model, options, said, tmp_path):
+    """Below it jsonargparse says the type and value of what it was given, on a line each."""
+    run = anomalib(tmp_path, "fit", "--model", model, *flags("model", COMMON), "--data", "SurfaceDemo", *options)
     assert run.returncode
-    assert run.stderr.strip().splitlines()[-1].startswith(f"ValueError: {last}"), run.stderr[-2000:]
+    assert f"- {said}" in run.stderr[run.stderr.rindex("ValueError:") :], run.stderr[-2000:]
+
+
+DDP = """
+import os, torch
+from pathlib import Path
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from lightning.pytorch.callbacks import Callback
+from anomalib_cse import Cse, CseGaussian
+
+class Note(Callback):
+    sees = ()
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 0:
+            self.sees += tuple(batch.image_path)
+
+rank = int(os.environ.get("LOCAL_RANK", 0))
+torch.manual_seed(rank)  # what both are to agree in, one must tell the other
+for name, model, root in (("Cse", Cse, "ten"), ("CseGaussian", CseGaussian, "ten"), ("few", Cse, "two")):
+    model, note = model(**{arguments}), Note()
+    engine = Engine(
+        max_epochs=3, accelerator="cpu", devices=2, strategy="ddp", callbacks=[note], logger=False,
+        default_root_dir="ddp", enable_model_summary=False, enable_progress_bar=False,
+    )
+    engine.fit(model, datamodule=MVTecAD(root=root, category="tiny", num_workers=0, train_batch_size=2))
+    trained = {{name: value.detach() for name, value in model.named_parameters()}}
+    torch.save({{"deployed": model.model.state_dict(), "trained": trained, "sees": note.sees}}, f"{{name}}{{rank}}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(mvtec_root, arguments, tmp_path_factory):
+    """A folder with what two processes have fitted together, without a seed."""
+    folder = tmp_path_factory.mktemp("ddp")
+    for name, count in (("ten", 10), ("two", 2)):
+        shutil.copytree(mvtec_root, folder / name)
+        for file in sorted((folder / name / "tiny" / "train" / "good").iterdir())[count:]:
+            file.unlink()
+    (folder / "ddp.py").write_text(DDP.format(arguments={**arguments, "seed": None}))
+    run = subprocess.run(
+        [sys.executable, "ddp.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder
+
+
+def fitted_by_two(folder, name):
+    """The model of the first process, which must be that of the second, and the images that each has trained with."""
+    first, second = (torch.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in range(2))
+    for part in ("deployed", "trained"):
+        assert all(torch.equal(value, second[part][key]) for key, value in first[part].items())
+    model = (MODELS.get(name) or MODELS["Cse"])(**COMMON).model
+    model.load_state_dict(first["deployed"])
+    return model, first["sees"], second["sees"]
+
+
+def training_images(root):
+    data = MVTecAD(root=root, category="tiny")
+    data.setup()
+    return torch.stack([resize(item.image, [64, 64]) for item in data.train_data])
+
+
+# of 10 images 7 train, in shares of 4 that are filled up; of 2 images 1 trains, fewer than there are processes
+@pytest.mark.parametrize(("name", "root", "training"), [("Cse", "ten", 7), ("few", "two", 1)])
+def test_two_processes_get_one_cse_whose_centre_is_of_all_images(name, root, training, two_processes):
+    model, *shares = fitted_by_two(two_processes, name)
+    assert [len(share) for share in shares] == [-(-training // 2)] * 2
+    assert len(set(shares[0] + shares[1])) == training
+    with torch.no_grad():
+        embeddings = model.embed(model.backbone(training_images(two_processes / root)))
+    assert torch.allclose(model.centres[0], F.normalize(embeddings.mean(dim=0), dim=0), atol=1e-5)
+
+
+def test_two_processes_get_one_cse_gaussian_whose_means_are_of_all_images(two_processes):
+    model, *shares = fitted_by_two(two_processes, "CseGaussian")
+    assert [len(set(share)) for share in shares] == [5, 5]
+    assert not set(shares[0]) & set(shares[1])
+    features = model.smoothed_features(training_images(two_processes / "ten"))
+    for gaussian, of_layer in zip(model.maps, features, strict=True):
+        assert torch.allclose(gaussian.mean, of_layer.mean(dim=(0, 2, 3)), atol=1e-4)

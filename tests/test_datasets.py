@@ -1,18 +1,19 @@
 """Training sets as they come: tiny, all alike, without masks, with nothing to validate on, with broken files."""
 
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import torch
-from anomalib.data import Folder, MVTec
-from anomalib.data.utils import DownloadInfo
+from anomalib.data import Folder
 from anomalib.engine import Engine
 
-from anomalib_cse import Cse
+from anomalib_cse.data import MVTec
 
-from tiny import LINEAR, QUIET, TINY
+from tiny import COMMON, MODELS, QUIET
+
+both = pytest.mark.parametrize("name", MODELS)
 
 
 def surface(rng, defect=False):
@@ -22,10 +23,10 @@ def surface(rng, defect=False):
     return image
 
 
-def folder(root, count, *, alike=False, defective=0, **options):
+def folder(root, count, *, alike=False, black=False, defective=0, **options):
     """A ``Folder`` of ``count`` training images; three good and three defective ones without masks to test with."""
     rng = np.random.default_rng(0)
-    images = [surface(rng, number < defective) for number in range(count)]
+    images = [surface(rng, number < defective) * (not black) for number in range(count)]
     test = {"test_good": [surface(rng) for _ in range(3)], "defect": [surface(rng, defect=True) for _ in range(3)]}
     for name, members in {"good": images[:1] * count if alike else images, **test}.items():
         (root / name).mkdir(parents=True)
@@ -35,137 +36,145 @@ def folder(root, count, *, alike=False, defective=0, **options):
     return Folder("tiny", root=root, num_workers=0, **{**places, **options})
 
 
-def train(data, results, **options):
-    model = Cse(**{**TINY, **options})
-    engine = Engine(max_epochs=1, default_root_dir=results, **QUIET)
-    engine.fit(model, datamodule=data)
-    return model, engine
+@pytest.fixture
+def train(dtd, tmp_path):
+    """Trains a model of a name, its results beside the data."""
+
+    def fit(name, data, *, limit=1.0, **options):
+        model = MODELS[name](**{**COMMON, "dtd_dir": str(dtd), **options})
+        engine = Engine(max_epochs=1, default_root_dir=tmp_path / "results", limit_val_batches=limit, **QUIET)
+        engine.fit(model, datamodule=data)
+        return model, engine
+
+    return fit
 
 
 @pytest.mark.parametrize(
-    ("count", "options"),
+    ("name", "count", "options"),
     [
-        (2, {}),
-        (3, {}),
-        (1, {"holdout_ratio": 0}),
-        (2, {"batch_size": 1, "image_size": (16, 16), "layers": (3,)}),  # BatchNorm with one pair of one position
-        (2, {"num_centres": 32}),  # as many as there are embeddings
-        *((count, LINEAR) for count in (1, 2, 3)),  # one has no other half, three are too few to try
+        ("Cse", 2, {}),
+        ("Cse", 3, {"num_centres": 3}),  # as many as there are images
+        ("Cse", 1, {"holdout_ratio": 0}),
+        ("Cse", 2, {"image_size": (16, 16), "layers": (3,)}),  # BatchNorm with one pair of one position
+        *(("CseGaussian", count, {}) for count in (1, 2, 3)),  # one has no other half, three are too few to try
     ],
     ids=str,
 )
-def test_very_few_images(count, options, tmp_path):
-    model, engine = train(folder(tmp_path / "data", count), tmp_path, **options)
+def test_very_few_images_train(name, count, options, train, tmp_path):
+    model, engine = train(name, folder(tmp_path / "data", count, train_batch_size=1), **options)
     assert all(value.isfinite().all() for value in model.model.state_dict().values())
     assert model.post_processor.image_threshold.isfinite()
     [batch] = engine.predict(model, data_path=tmp_path / "data" / "defect" / "0.png")
     assert batch.pred_score.isfinite()
 
 
-@pytest.mark.parametrize("arguments", [{"num_centres": 2}, LINEAR], ids=["network", "linear"])
-@pytest.mark.parametrize(("count", "options"), [(6, {"alike": True}), (20, {"defective": 2})])
-def test_images_all_alike_and_a_few_defective_ones_among_them(count, options, arguments, tmp_path):
+@both
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [(6, {"alike": True}), (4, {"black": True}), (20, {"defective": 2})],
+    ids=["alike", "black", "with defects"],
+)
+def test_defects_are_found_after_images_alike_and_after_a_few_defective_ones(name, count, options, train, tmp_path):
     data = folder(tmp_path / "data", count, **options)
-    model, engine = train(data, tmp_path, **arguments)
+    model, engine = train(name, data)
     assert all(value.isfinite().all() for value in model.model.state_dict().values())
     [metrics] = engine.test(model, datamodule=data)
     assert metrics["image_AUROC"] == 1
 
 
-def test_no_images(tmp_path):
+@both
+def test_no_images_are_refused(name, train, tmp_path):
     with pytest.raises(RuntimeError, match=r"Found 0 .*NORMAL images in .*good"):
-        train(folder(tmp_path / "data", 0), tmp_path)
+        train(name, folder(tmp_path / "data", 0))
+
+
+def test_too_few_images_for_hold_out_and_centres_are_refused(train, tmp_path):
     with pytest.raises(ValueError, match="too few training images, 1, to hold out 1"):
-        train(folder(tmp_path / "one", 1), tmp_path)
+        train("Cse", folder(tmp_path / "one", 1))
+    with pytest.raises(ValueError, match=r"num_centres must be a whole number in \[1, 2\], got 3"):
+        train("Cse", folder(tmp_path / "two", 2), num_centres=3)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_a_layout_of_mvtec_without_training_images_or_masks(mvtec_root, tmp_path):
+@both
+def test_a_layout_of_mvtec_without_training_images_or_category_is_refused(name, mvtec_root, train, tmp_path):
+    with pytest.raises(ValueError, match=r"category must be a folder of .* \(tiny\) or.* leather.*, got 'tinny'"):
+        train(name, MVTec(mvtec_root, "tinny"))
     shutil.copytree(mvtec_root, tmp_path / "data")
     for file in (tmp_path / "data" / "tiny" / "train" / "good").iterdir():
         file.unlink()
     with pytest.raises(ValueError, match="MVTec finds no training images"):
-        train(MVTec(tmp_path / "data", "tiny", num_workers=0), tmp_path)
-    shutil.copytree(mvtec_root / "tiny" / "train", tmp_path / "data" / "tiny" / "train", dirs_exist_ok=True)
-    (tmp_path / "data" / "tiny" / "test" / "square" / "Thumbs.db").touch()  # which is no image
-    train(MVTec(tmp_path / "data", "tiny", num_workers=0), tmp_path)
-    with pytest.raises(ValueError, match=r"category must be a folder of .*data \(tiny\) or.* leather.*, got 'tinny'"):
-        MVTec(tmp_path / "data", "tinny").prepare_data()
-    next((tmp_path / "data" / "tiny" / "ground_truth" / "square").iterdir()).unlink()
+        train(name, MVTec(tmp_path / "data", "tiny", num_workers=0))
+
+
+def test_a_layout_of_mvtec_with_other_masks_than_images_is_refused(mvtec_root, tmp_path):
+    def set_up():
+        MVTec(tmp_path, "tiny", num_workers=0).setup()
+
+    shutil.copytree(mvtec_root / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny" / "test" / "square" / "Thumbs.db").touch()  # which is no image
+    set_up()
+    next((tmp_path / "tiny" / "ground_truth" / "square").iterdir()).unlink()
     with pytest.raises(ValueError, match=r"test.square holds 4 images and .*ground_truth.square 3 masks"):
-        MVTec(tmp_path / "data", "tiny", num_workers=0).setup()
-    shutil.rmtree(tmp_path / "data" / "tiny" / "test" / "square")
+        set_up()
+    shutil.rmtree(tmp_path / "tiny" / "test" / "square")
     with pytest.raises(ValueError, match=r"test.square holds 0 images and .*ground_truth.square 3 masks"):
-        MVTec(tmp_path / "data", "tiny", num_workers=0).setup()
+        set_up()
 
 
-def test_more_centres_than_embeddings_stop_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"num_centres must be a whole number in \[1, 32\], got 33"):
-        train(folder(tmp_path / "data", 2), tmp_path / "results", num_centres=33)
-    assert not list((tmp_path / "results").rglob("*.ckpt"))
-
-
-@pytest.mark.parametrize("options", [{}, {"test_split_mode": "none", "abnormal_dir": None, "normal_test_dir": None}])
-def test_nothing_to_validate_on_stops_before_training(options, tmp_path):
+@both
+@pytest.mark.parametrize(
+    "options", [{}, {"test_split_mode": "none", "abnormal_dir": None, "normal_test_dir": None}], ids=["test", "nothing"]
+)
+def test_nothing_to_validate_on_stops_before_training(name, options, train, tmp_path):
     data = folder(tmp_path / "data", 4, val_split_mode="none", **options)
     with pytest.raises(ValueError, match=r"tiny has no validation images.*val_split_mode is 'none'.*limit_val_batches"):
-        train(data, tmp_path / "results")
-    assert not list((tmp_path / "results").rglob("*.ckpt"))
-    model = Cse(**TINY)
-    engine = Engine(max_epochs=1, default_root_dir=tmp_path, limit_val_batches=0, **QUIET)
-    engine.fit(model, datamodule=data)
+        train(name, data)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    model, engine = train(name, data, limit=0)
     [batch] = engine.predict(model, data_path=tmp_path / "data" / "good" / "0.png")
     assert batch.pred_score.isfinite()
     if options:
         assert not any(engine.test(model, datamodule=data))  # so that training alone is no error
 
 
-def test_dtd_folders_that_hold_no_photographs(tmp_path):
+@both
+def test_texture_folders_that_hold_no_photographs_are_refused(name, train, tmp_path):
     data = folder(tmp_path / "data", 4)
     (tmp_path / "empty").mkdir()
-    for name in ("empty", "missing", "data/good/0.png"):
-        with pytest.raises(FileNotFoundError, match=rf"dtd_dir: no photographs .*below .*{name}"):
-            train(data, tmp_path, dtd_dir=tmp_path / name)
+    for place in ("empty", "missing", "data/good/0.png"):
+        with pytest.raises(FileNotFoundError, match=rf"dtd_dir: no photographs .*below .*{place}"):
+            train(name, data, dtd_dir=tmp_path / place)
     whole = (tmp_path / "data" / "good" / "0.png").read_bytes()
     for content in (b"", whole[: len(whole) // 2]):
         (tmp_path / "empty" / "torn.png").write_bytes(content)
         with pytest.raises(ValueError, match=r"dtd_dir: .*torn\.png cannot be read"):
-            train(data, tmp_path, dtd_dir=tmp_path / "empty")
+            train(name, data, dtd_dir=tmp_path / "empty")
 
 
-def test_a_download_that_was_broken_off_is_made_again(tmp_path, texture_folder, monkeypatch):
-    """anomalib checks the hash of what it has just downloaded, and takes an archive that is there for granted."""
-    data = folder(tmp_path / "data", 4)
+@both
+def test_download_is_asked_for_once_and_begun_anew_after_it_broke_off(name, dtd, train, tmp_path, monkeypatch):
+    """torchvision's download is replaced."""
     attempts = []
 
-    def download(target, info):
-        assert isinstance(info, DownloadInfo)
-        assert not target.exists()
-        attempts.append(target)
-        target.mkdir()
-        (target / "first.jpg").write_bytes((texture_folder / "images" / "striped" / "0.jpg").read_bytes())
+    def download(url, download_root, md5):
+        attempts.append(url)
+        photographs = Path(download_root) / "dtd" / "images" / "striped"
+        photographs.mkdir(parents=True)
         if len(attempts) == 1:
             raise ConnectionResetError
+        shutil.copy(dtd / "0.png", photographs / "first.png")
+        labels = Path(download_root) / "dtd" / "labels"
+        labels.mkdir()
+        (labels / "train1.txt").write_text("striped/first.png\n")
 
-    monkeypatch.setattr("anomalib_cse.lightning_model.download_and_extract", download)
+    monkeypatch.setattr("torchvision.datasets.dtd.download_and_extract_archive", download)
+    data = folder(tmp_path / "data", 4)
     options = {"dtd_dir": tmp_path / "downloaded", "download_dtd": True}
     with pytest.raises(ConnectionResetError):
-        train(data, tmp_path, **options)
+        train(name, data, **options)
     assert not (tmp_path / "downloaded").exists()
     for _ in range(2):
-        train(data, tmp_path, **options)
+        train(name, data, **options)
     assert len(attempts) == 2
-    assert [file.name for file in (tmp_path / "downloaded").rglob("*.jpg")] == ["first.jpg"]
-
-
-@pytest.mark.parametrize("arguments", [TINY, LINEAR], ids=["network", "linear"])
-def test_black_images(arguments, tmp_path):
-    """Positions of the inside all have one embedding."""
-    data = folder(tmp_path / "data", 4)
-    for file in (tmp_path / "data" / "good").iterdir():
-        cv2.imwrite(str(file), np.zeros((72, 96, 3), np.uint8))
-    model, engine = train(data, tmp_path, **arguments)
-    assert all(value.isfinite().all() for value in model.model.state_dict().values())
-    if arguments == TINY:
-        assert torch.allclose(model.model.centres.norm(dim=1), torch.ones(1))
-    [batch] = engine.predict(model, data_path=tmp_path / "data" / "good" / "0.png")
-    assert batch.pred_score.isfinite()
+    assert [file.name for file in (tmp_path / "downloaded").rglob("*.png")] == ["first.png"]

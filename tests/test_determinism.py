@@ -1,53 +1,73 @@
-"""One seed, one result, however it is run; and the random numbers of the user's program stay the user's."""
+"""One seed, one result, however a model is trained."""
 
+import json
 import random
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 
-from anomalib_cse import AnomalySynthesis, Cse
-from anomalib_cse.textures import builtin_textures
+from tiny import COMMON, MODELS, QUIET, flags
 
-from tiny import QUIET, TINY, command_line, flags
+EPOCHS = {"Cse": {"max_epochs": 2}, "CseGaussian": {}}
 
 
 def global_state():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
-def test_command_line_workers_and_one_process_give_equal_checkpoints(mvtec_root, tmp_path):
-    """Without memory everything is read anew by the workers, every epoch."""
-    arguments = {**TINY, "memory_budget": 0}
-    model = Cse(**arguments)
-    engine = Engine(max_epochs=2, default_root_dir=tmp_path / "one", **QUIET)
-    engine.fit(model, datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0))
-    data = flags("data", {"root": mvtec_root, "category": "tiny", "num_workers": 2})
-    command = ["train", "--model", "Cse", *flags("model", arguments), "--data", "MVTec", *data]
-    command_line(tmp_path, *command, "--trainer.max_epochs=2", f"--default_root_dir={tmp_path / 'line'}")
-    [one], [line] = ((tmp_path / name).rglob("*.ckpt") for name in ("one", "line"))
-    first, second = (torch.load(path, weights_only=True) for path in (one, line))
-    for name, value in first["state_dict"].items():
-        assert torch.equal(second["state_dict"][name], value), name
-    moments = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (first, second)]
-    assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[0])
+def checkpoint_in(folder):
+    [checkpoint] = folder.rglob("*.ckpt")
+    return torch.load(checkpoint, weights_only=True)
 
 
-def test_the_global_random_state_is_left_alone(mvtec_root, tmp_path):
-    before = global_state()
-    model = Cse(**TINY)
-    assert global_state() == before
-    generator = torch.Generator().manual_seed(1)
-    synthesis = AnomalySynthesis(builtin_textures(4, 32, generator), generator=generator)
-    for _ in range(3):
-        synthesis(torch.rand(4, 3, 40, 40, generator=generator))
-    assert global_state() == before
-    model.model.set_centres(torch.ones_like(model.model.centres))
-    images = mvtec_root / "tiny" / "test" / "good"
-    engine = Engine(default_root_dir=tmp_path, **QUIET)
-    engine.predict(model, data_path=images)
-    assert global_state() == before
-    synthesis.generator = None
-    synthesis(torch.rand(4, 3, 40, 40))
+@pytest.fixture(scope="module")
+def command_lines(mvtec_root, dtd, tmp_path_factory):
+    """Results of anomalib's command line, in a process of its own."""
+    results, lines = tmp_path_factory.mktemp("command_lines"), []
+    data = flags("data", {"root": mvtec_root, "category": "tiny", "num_workers": 2, "train_batch_size": 4})
+    for name in MODELS:
+        model = flags("model", {**COMMON, "dtd_dir": dtd})
+        trainer = flags("trainer", {**EPOCHS[name], "accelerator": "cpu"})
+        lines.append(["train", "--model", name, *model, "--data", "MVTecAD", *data, *trainer])
+        lines[-1] += [f"--default_root_dir={results / name}"]
+    each = "for line in json.loads(sys.argv.pop()): sys.argv[1:] = line; main()"
+    run = [sys.executable, "-c", f"import json, sys; from anomalib.cli.cli import main\n{each}", json.dumps(lines)]
+    subprocess.run(run, cwd=results, check=True, capture_output=True)
+    return results
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_seed_gives_one_model(name, command_lines, mvtec_root, dtd, tmp_path):
+    """From Python and the command line, with and without workers, whatever the global random numbers are."""
+    for run, (seed, workers) in enumerate(((0, 0), (0, 2), (1, 0))):
+        torch.manual_seed(run)
+        model = MODELS[name](**{**COMMON, "dtd_dir": dtd, "seed": seed})
+        engine = Engine(default_root_dir=tmp_path / f"{run}", **EPOCHS[name], **QUIET)
+        data = MVTecAD(root=mvtec_root, category="tiny", num_workers=workers, train_batch_size=4)
+        engine.fit(model, datamodule=data)
+    first, second, other = (checkpoint_in(tmp_path / f"{run}") for run in range(3))
+    for checkpoint in (second, checkpoint_in(command_lines / name)):
+        for key, value in first["state_dict"].items():
+            assert torch.equal(checkpoint["state_dict"][key], value), key
+        assert all(torch.equal(a, b) for a, b in zip(moments_of(checkpoint), moments_of(first), strict=True))
+    assert any(not torch.equal(other["state_dict"][key], value) for key, value in first["state_dict"].items())
+
+
+def moments_of(checkpoint):
+    """What the optimizer has of each parameter, if there is one."""
+    return [state["exp_avg"] for own in checkpoint["optimizer_states"] for state in own.get("state", {}).values()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_constructing_a_model_leaves_the_global_random_state_alone(name):
+    for seed in (0, None):
+        before = global_state()
+        MODELS[name](**{**COMMON, "seed": seed})
+        assert global_state() == before
+    torch.rand(1)
     assert global_state() != before  # which the comparison would notice

@@ -1,37 +1,20 @@
-"""What holds for every size, type and batch: synthesis, loss and resizing under hypothesis."""
+"""What holds for every size, type and batch: loss and resizing under hypothesis."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as TF
 
-from anomalib_cse.loss import contrastive_cosine_loss, decoder_loss, feature_reconstruction_loss
-from anomalib_cse.pre_processing import ExactResize
-from anomalib_cse.synthesis import KINDS, AnomalySynthesis
+from anomalib_cse.cse.loss import contrastive_cosine_loss, decoder_loss
+from anomalib_cse.deployment.pre_processing import ExactResize
 
 EXAMPLES = settings(max_examples=100, derandomize=True, deadline=None, database=None)
 SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
-SIDES = st.integers(2, 70)
 
 
 def rand(seed, *shape, dtype=torch.float32):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@EXAMPLES
-@given(seed=SEEDS, batch=st.integers(1, 5), height=SIDES, width=SIDES, dtype=DTYPES, kind=st.sampled_from(KINDS))
-def test_synthesis_changes_nothing_outside_its_masks(seed, batch, height, width, dtype, kind):
-    textures = (255 * rand(seed + 1, 2, 3, 9, 14)).to(torch.uint8)
-    synthesis = AnomalySynthesis(textures, kinds=[kind], generator=torch.Generator().manual_seed(seed))
-    images = rand(seed, batch, 3, height, width, dtype=dtype)
-    corrupted, masks = synthesis(images)
-    assert (corrupted.shape, corrupted.dtype) == (images.shape, dtype)
-    assert masks.shape == (batch, 1, height, width)
-    assert torch.equal(torch.where(masks, images, corrupted), images)
-    assert corrupted.isfinite().all()
-    assert ((corrupted >= 0) & (corrupted <= 1)).all()
-    assert masks.flatten(1).float().mean(1).ge(100 / 224**2).all()
 
 
 @EXAMPLES
@@ -41,7 +24,7 @@ def test_synthesis_changes_nothing_outside_its_masks(seed, batch, height, width,
     dim=st.integers(1, 70),
     height=st.integers(1, 9),
     width=st.integers(1, 9),
-    exponent=st.integers(-30, 15),
+    exponent=st.integers(-15, 15),
     zero=st.booleans(),
     dtype=DTYPES,
 )
@@ -55,7 +38,7 @@ def test_losses_are_finite_within_their_range_and_blind_to_length(
     second.requires_grad_()
     corrupted = rand(seed + 1, batch) < 0.5
     slack = 1e-5
-    losses = contrastive_cosine_loss(first, second, corrupted), feature_reconstruction_loss(first, second)
+    losses = contrastive_cosine_loss(first, second, corrupted), decoder_loss([first], [second])
     for loss in losses:
         assert -slack <= loss <= 2 + slack
         if dtype.itemsize > 2:  # at a zero vector it is of the order of 1e12, beyond what 16 bits hold

@@ -1,23 +1,25 @@
 import colorsys
-from dataclasses import fields
+import math
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from torch.nn import functional as F
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from anomalib_cse.colour import hsv_to_rgb, rgb_to_hsv
 from anomalib_cse.synthesis import (
     KINDS,
-    STRUCTURAL_OPERATIONS,
-    TEXTURAL_OPERATIONS,
     AnomalySynthesis,
-    gaussian_blur,
-    shuffle_cells,
+    builtin_textures,
+    download_textures,
+    generator_for,
+    load_textures,
+    textures_from,
 )
-from anomalib_cse.textures import builtin_textures, load_textures
+from anomalib_cse.synthesis.transform import STRUCTURAL_OPERATIONS, TEXTURAL_OPERATIONS
 
 
 @pytest.fixture
@@ -30,13 +32,84 @@ def images():
     return torch.rand(6, 3, 48, 56, generator=torch.Generator().manual_seed(4))
 
 
-def test_hsv_equals_colorsys():
-    pixels = torch.cat([torch.rand(50, 3), torch.tensor([[0.0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5], [1, 0, 1]])])
-    expected = torch.tensor([colorsys.rgb_to_hsv(*pixel.tolist()) for pixel in pixels])
-    hsv = rgb_to_hsv(pixels[:, :, None, None])
-    assert torch.allclose(hsv[:, :, 0, 0], expected, atol=1e-5)
-    back = torch.tensor([colorsys.hsv_to_rgb(*pixel.tolist()) for pixel in expected])
-    assert torch.allclose(hsv_to_rgb(hsv)[:, :, 0, 0], back, atol=1e-5)
+def test_generator_determines_the_defects_and_the_global_one_is_left_alone(images, textures):
+    state = torch.get_rng_state()
+    synthesis = AnomalySynthesis(textures)
+    first, again, other = (synthesis(images, generator_for(seed)) for seed in (7, 7, 8))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    assert torch.equal(torch.get_rng_state(), state)
+    synthesis(images)
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_seed_gives_the_defects_that_it_always_gave(textures, generator):
+    params = AnomalySynthesis(textures).sample((4, 3, 32, 32), generator)
+    assert params.mask.sum(dim=(1, 2, 3)).tolist() == [33, 60, 11, 32]
+    assert params.kind.tolist() == [2, 2, 1, 2]
+    assert params.operations[0].nonzero().flatten().tolist() == [0, 1, 2]
+    names = ["texture", "angle", "brightness", "offset", "hue", "saturation", "shift", "gamma", "sharpness", "solarise"]
+    first = [getattr(params, name)[0].flatten()[0].item() for name in names]
+    assert first == pytest.approx([2, -33.66, 1.034, -0.036, 0.93, 1.372, -0.133, 1.555, 2.933, 0.32], abs=1e-3)
+    assert params.levels.tolist() == [256, 32, 256, 16]
+    assert params.kernel_size.tolist() == [5, 15, 15, 9]
+
+
+def test_probability_is_the_share_of_corrupted_images(textures, generator):
+    images = torch.rand(1000, 3, 16, 16)
+    corrupted, masks = AnomalySynthesis(textures, probability=0.3)(images, generator)
+    hits = masks.flatten(1).any(1)
+    assert abs(hits.float().mean() - 0.3) < 3 * (0.21 / 1000) ** 0.5
+    assert torch.equal(corrupted[~hits], images[~hits])
+    assert not AnomalySynthesis(textures, probability=0)(images[:8])[1].any()
+
+
+def test_kinds_are_equally_likely(textures, generator):
+    counts = AnomalySynthesis(textures).sample((3000, 3, 8, 8), generator).kind.bincount(minlength=3)
+    assert (counts - 1000).abs().max() < 3 * (3000 * 2 / 9) ** 0.5
+    kinds = AnomalySynthesis(textures, kinds=["blur", "textural"]).sample((100, 3, 8, 8), generator).kind
+    assert kinds.unique().tolist() == [1, 2]
+
+
+def test_three_operations_of_each_kind_are_drawn_equally_often(textures, generator):
+    params = AnomalySynthesis(textures).sample((2000, 3, 8, 8), generator)
+    for kind, count in ((0, 5), (1, 9)):
+        drawn = params.operations[params.kind == kind]
+        assert (drawn[:, :count].sum(1) == 3).all()
+        assert not drawn[:, count:].any()
+        assert (drawn[:, :count].float().mean(0) - 3 / count).abs().max() < 0.1
+
+
+def test_parameters_have_the_ranges_of_the_paper(textures, generator):
+    params = AnomalySynthesis(textures).sample((2000, 3, 8, 8), generator)
+    ranges = {
+        "angle": (-45, 45),
+        "brightness": (0.8, 1.2),
+        "hue": (0.5, 1.5),
+        "saturation": (0.5, 1.5),
+        "offset": (-30 / 255, 30 / 255),
+        "shift": (-50 / 255, 50 / 255),
+        "gamma": (0.5, 2),
+        "sharpness": (0, 3),
+        "solarise": (32 / 255, 128 / 255),
+    }
+    for name, (low, high) in ranges.items():
+        least, most = getattr(params, name).aminmax()
+        assert low <= least < low + 0.02 * (high - low), name
+        assert high - 0.02 * (high - low) < most <= high, name
+    assert params.kernel_size.unique().tolist() == [5, 7, 9, 11, 13, 15]
+    assert params.levels.unique().tolist() == [2, 4, 8, 16, 32, 64, 128, 256]
+    assert params.texture.unique().tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(params.cells.sort(1).values, torch.arange(64).expand(2000, -1))
+    assert torch.allclose(params.flip.float().mean(0), torch.tensor(0.5), atol=0.05)
+
+
+def test_generators_of_different_numbers_are_independent():
+    numbers = [(), (0,), (1,), (1, 0), (0, 1), (1, 0, 0), (2**32,), (3, 5), (5, 3)]
+    streams = torch.stack([torch.rand(1000, generator=generator_for(*n)) for n in numbers])
+    assert (streams.corrcoef() - torch.eye(len(numbers))).abs().max() < 0.15
+    assert torch.equal(streams[-1], torch.rand(1000, generator=generator_for(5, 3)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,227 +121,160 @@ def test_batch_equals_images_one_by_one(kind, images, textures, generator):
     singles = torch.cat([synthesis.apply(images[i : i + 1], params[i : i + 1]) for i in range(len(images))])
     assert torch.allclose(batch, singles, atol=1e-6)
     assert torch.equal(images, before)
-    outside = ~params.mask.expand_as(images)
-    assert torch.equal(batch[outside], images[outside])
-    assert (batch - images)[~outside].abs().mean() > 0.02
-    assert batch.min() >= 0
-    assert batch.max() <= 1
+    assert (batch - images)[params.mask.expand_as(images)].abs().mean() > 0.02
 
 
-def test_same_generator_gives_the_same_and_the_global_state_is_left_alone(images, textures):
-    state = torch.get_rng_state()
-    results = [AnomalySynthesis(textures, generator=torch.Generator().manual_seed(7))(images) for _ in range(2)]
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(
-        AnomalySynthesis(textures, generator=torch.Generator().manual_seed(8))(images)[0], results[0][0]
-    )
-
-
-def test_same_params_replay(images, textures, generator):
-    synthesis = AnomalySynthesis(textures)
-    params = synthesis.sample(images.shape, generator)
-    assert torch.equal(synthesis.apply(images, params), synthesis.apply(images, params))
-
-
-def test_probability(textures, generator):
-    images = torch.rand(2000, 3, 16, 16)
-    corrupted, masks = AnomalySynthesis(textures, probability=0.5, generator=generator)(images)
-    hits = masks.flatten(1).any(1)
-    assert abs(hits.float().mean() - 0.5) < 3 * (0.25 / 2000) ** 0.5
-    assert torch.equal(corrupted[~hits], images[~hits])
-    untouched, none = AnomalySynthesis(textures, probability=0.0, generator=generator)(images[:8])
-    assert torch.equal(untouched, images[:8])
-    assert not none.any()
-
-
-def test_kinds_are_drawn_by_their_weights(textures, generator):
-    params = AnomalySynthesis(textures).sample((3000, 3, 8, 8), generator)
-    counts = params.kind.bincount(minlength=3)
-    assert (counts - 1000).abs().max() < 3 * (3000 * 2 / 9) ** 0.5
-    params = AnomalySynthesis(textures, kinds={"blur": 1, "textural": 3}).sample((3000, 3, 8, 8), generator)
-    counts = params.kind.bincount(minlength=3)
-    assert counts[0] == 0
-    assert abs(counts[1] - 2250) < 3 * (3000 * 3 / 16) ** 0.5
-
-
-def test_three_operations_of_each_kind(textures, generator):
-    params = AnomalySynthesis(textures).sample((2000, 3, 8, 8), generator)
-    for kind, operations in enumerate((STRUCTURAL_OPERATIONS, TEXTURAL_OPERATIONS)):
-        drawn = params.operations[params.kind == kind]
-        assert (drawn[:, : len(operations)].sum(1) == 3).all()
-        assert not drawn[:, len(operations) :].any()
-        share = drawn[:, : len(operations)].float().mean(0)
-        assert (share - 3 / len(operations)).abs().max() < 0.1
-
-
-@pytest.mark.parametrize(
-    "option", ["angle", "brightness", "offset", "hue", "saturation", "shift", "gamma", "sharpness", "solarise"]
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.tuples(st.integers(1, 5), st.just(3), st.integers(2, 70), st.integers(2, 70)),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    kind=st.sampled_from(KINDS),
 )
-def test_ranges_are_respected(option, textures, generator):
-    narrow = {"angle": 10.0, "offset": 0.05, "shift": 0.02, "solarise": (0.6, 0.7)}.get(option, (0.9, 1.3))
-    values = getattr(AnomalySynthesis(textures, **{option: narrow}).sample((2000, 3, 8, 8), generator), option)
-    low, high = narrow if isinstance(narrow, tuple) else (-narrow, narrow)
-    assert low <= values.min() < low + 0.05 * (high - low)
-    assert high - 0.05 * (high - low) < values.max() <= high
-    low, high = {"angle": (-45, 45), "offset": (-30 / 255, 30 / 255), "shift": (-50 / 255, 50 / 255)}.get(
-        option, getattr(AnomalySynthesis(textures), option)
-    )
-    values = getattr(AnomalySynthesis(textures).sample((2000, 3, 8, 8), generator), option)
-    assert low <= values.min() < low + 0.05 * (high - low)
-    assert high - 0.05 * (high - low) < values.max() <= high
+def test_nothing_changes_outside_the_masks_and_values_stay_in_range(seed, shape, dtype, kind):
+    generator = generator_for(seed)
+    textures = torch.randint(0, 256, (2, 3, 9, 14), generator=generator, dtype=torch.uint8)
+    images = torch.rand(shape, generator=generator).to(dtype)
+    corrupted, masks = AnomalySynthesis(textures, kinds=[kind])(images, generator)
+    assert (corrupted.shape, corrupted.dtype) == (images.shape, dtype)
+    assert masks.shape == (shape[0], 1, *shape[2:])
+    assert torch.equal(torch.where(masks, images, corrupted), images)
+    assert ((corrupted >= 0) & (corrupted <= 1)).all()
 
 
-@pytest.mark.parametrize("degrees", [10.0, 90.0])
-def test_masks_are_rotated_by_the_angle_given(degrees, textures, generator, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("anomalib_cse.perlin.rotate", lambda noise, angles: drawn.append(angles) or noise)
-    AnomalySynthesis(textures, mask_angle=degrees).sample((500, 3, 32, 32), generator)
-    assert -degrees <= drawn[0].min() < -0.95 * degrees
-    assert 0.95 * degrees < drawn[0].max() <= degrees
+def eight_bits(images):
+    return (255 * images).round().to(torch.uint8)
 
 
-@pytest.mark.parametrize("sigma", [1.0, 6.0])
-def test_blur_has_the_sigma_given(sigma, images, textures, generator):
-    synthesis = AnomalySynthesis(textures, kinds=["blur"], sigma=sigma)
-    params = synthesis.sample(images.shape, generator)
-    expected = torch.where(params.mask, gaussian_blur(images, params.kernel_size, sigma), images)
-    assert torch.equal(synthesis.apply(images, params), expected)
+def paint(images, kind, operation=None, **drawn):
+    """Replace images wholly by defects of one kind with one operation or none; the textures are the images."""
+    synthesis = AnomalySynthesis(eight_bits(images), kinds=[kind])
+    params = synthesis.sample(images.shape, generator_for(0))
+    plain = {"mask": params.mask | True, "texture": torch.arange(len(images)), "cells": torch.arange(64).repeat(9, 1)}
+    params = replace(params, operations=params.operations & False, **(plain | drawn))
+    if operation:
+        listed = STRUCTURAL_OPERATIONS if kind == "structural" else TEXTURAL_OPERATIONS
+        params.operations[:, list(listed).index(operation)] = True
+    return synthesis.apply(images, params)
 
 
-def test_whole_number_ranges(textures, generator):
-    params = AnomalySynthesis(textures).sample((2000, 3, 8, 8), generator)
-    assert params.kernel_size.unique().tolist() == [5, 7, 9, 11, 13, 15]
-    assert params.levels.unique().tolist() == [2, 4, 8, 16, 32, 64, 128, 256]
-    assert params.texture.unique().tolist() == [0, 1, 2, 3, 4]
-    assert torch.equal(params.cells.sort(1).values, torch.arange(64).expand(2000, -1))
-    narrow = AnomalySynthesis(textures, bits=(2, 2), kernel_size=(6, 8), grid=3).sample((50, 3, 8, 8), generator)
-    assert narrow.levels.unique().tolist() == [4]
-    assert narrow.kernel_size.unique().tolist() == [7]
-    assert narrow.cells.shape == (50, 9)
+def recolour(image, change):
+    """Change hue, saturation and value of every pixel by the standard library."""
+    pixels = [colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*p.tolist()))) for p in image.flatten(1).T]
+    return torch.tensor(pixels).T.reshape(image.shape)
+
+
+def rotate_among_mirrored(image, degrees):
+    row = torch.cat([image.flip(2), image, image.flip(2)], dim=2)
+    mosaic = torch.cat([row.flip(1), row, row.flip(1)], dim=1)
+    _, height, width = image.shape
+    rotated = TF.rotate(mosaic, degrees, interpolation=TF.InterpolationMode.BILINEAR)
+    return rotated[:, height : 2 * height, width : 2 * width]
+
+
+TWO = torch.tensor([0.6, 1.4])  # one factor per image
+HUES, SATURATIONS = torch.tensor([0.15, -0.15]), torch.tensor([-0.2, 0.2])
+
+ORACLES = {  # what is drawn for two images, and the operation on image x with index i by other means
+    ("structural", "flip"): ({"flip": torch.eye(2).bool()}, lambda x, i: x.flip(2 - i)),
+    ("structural", "rotate"): ({"angle": 30 * TWO}, lambda x, i: rotate_among_mirrored(x, 30 * TWO[i].item())),
+    ("structural", "brightness"): ({"brightness": TWO}, lambda x, i: (x * TWO[i]).clamp(max=1)),
+    ("structural", "saturation"): (
+        {"saturation": TWO},
+        lambda x, i: recolour(x, lambda h, s, v: (h, min(1, s * TWO[i].item()), v)),
+    ),
+    ("structural", "hue"): ({"hue": TWO}, lambda x, i: recolour(x, lambda h, s, v: (h * TWO[i].item(), s, v))),
+    ("textural", "gamma"): (
+        {"gamma": torch.stack([TWO, TWO**2, 1 / TWO], dim=1)},
+        lambda x, i: torch.stack([x[0] ** TWO[i], x[1] ** TWO[i] ** 2, x[2] ** (1 / TWO[i])]),
+    ),
+    ("textural", "brightness"): ({"brightness": TWO, "offset": HUES}, lambda x, i: (x * TWO[i] + HUES[i]).clamp(0, 1)),
+    ("textural", "sharpen"): ({"sharpness": 2 * TWO}, lambda x, i: TF.adjust_sharpness(x, 2 * TWO[i].item())),
+    ("textural", "hue_and_saturation"): (
+        {"shift": torch.stack([HUES, SATURATIONS], dim=1)},
+        lambda x, i: recolour(
+            x, lambda h, s, v: ((h + HUES[i].item()) % 1, min(1, max(0, s + SATURATIONS[i].item())), v)
+        ),
+    ),
+    ("textural", "solarise"): ({"solarise": TWO / 3}, lambda x, i: TF.solarize(x, TWO[i].item() / 3)),
+    ("textural", "posterise"): (
+        {"levels": torch.tensor([2, 16])},
+        lambda x, i: TF.posterize(eight_bits(x), (1, 4)[i]).float() / 256,
+    ),
+    ("textural", "invert"): ({}, lambda x, i: 1 - x),
+    ("textural", "autocontrast"): ({}, lambda x, i: TF.autocontrast(x)),
+    ("textural", "equalise"): ({}, lambda x, i: TF.equalize(eight_bits(x)).float() / 255),
+}
+
+
+def test_every_operation_has_an_oracle():
+    listed = {"structural": STRUCTURAL_OPERATIONS, "textural": TEXTURAL_OPERATIONS}
+    assert list(ORACLES) == [(kind, name) for kind, names in listed.items() for name in names]
+
+
+@pytest.mark.parametrize(("kind", "operation"), ORACLES)
+def test_operation_equals_its_oracle(kind, operation):
+    drawn, oracle = ORACLES[kind, operation]
+    grey = torch.tensor([0.0, 0.2, 1.0]).expand(2, 3, 16, 3)  # of no hue
+    images = eight_bits(0.1 + 0.7 * torch.cat([torch.rand(2, 3, 16, 17), grey], dim=3)) / 255
+    for i, painted in enumerate(paint(images, kind, operation, **drawn)):
+        assert torch.allclose(painted, oracle(images[i], i), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (13, 22)])
-def test_cells_are_shuffled_as_drawn(size):
-    images = torch.rand(2, 3, *size)
-    order = torch.stack([torch.randperm(16), torch.arange(16)])
-    shuffled = shuffle_cells(images, order)
+def test_cells_are_shuffled_within_each_image(size):
+    images, order = torch.rand(2, 3, *size), torch.stack([torch.randperm(64), torch.arange(64)])
+    shuffled = paint(images, "structural", cells=order)
     assert torch.equal(shuffled[1], images[1])
-    h, w = -(-size[0] // 4), -(-size[1] // 4)
-    padded = F.pad(images, (0, 4 * w - size[1], 0, 4 * h - size[0]), mode="replicate")
-    expected = torch.zeros_like(padded[0])
-    for cell in range(16):
-        row, column = divmod(cell, 4)
-        r, c = divmod(order[0, cell].item(), 4)
-        expected[:, row * h : (row + 1) * h, column * w : (column + 1) * w] = padded[
-            0, :, r * h : (r + 1) * h, c * w : (c + 1) * w
-        ]
+    h, w = (math.ceil(side / 8) for side in size)
+    padded = F.pad(images[0], (0, 8 * w - size[1], 0, 8 * h - size[0]), mode="replicate")
+    expected = torch.zeros_like(padded)
+    for cell, source in enumerate(order[0].tolist()):
+        (row, column), (r, c) = divmod(cell, 8), divmod(source, 8)
+        taken = padded[:, r * h : (r + 1) * h, c * w : (c + 1) * w]
+        expected[:, row * h : (row + 1) * h, column * w : (column + 1) * w] = taken
     assert torch.equal(shuffled[0], expected[:, : size[0], : size[1]])
 
 
-def test_blur_equals_torchvisions():
-    images = torch.rand(3, 3, 40, 50)
-    sizes = torch.tensor([5, 9, 15])
-    blurred = gaussian_blur(images, sizes, 6.0)
-    for image, size, result in zip(images, sizes.tolist(), blurred, strict=True):
-        expected = TF.gaussian_blur(image, size, 6.0)
-        inside = (..., slice(8, -8), slice(8, -8))  # torchvision reflects at the border
-        assert torch.allclose(result[inside], expected[inside], atol=1e-6)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_blur_has_sigma_6_and_the_drawn_width(layout):
+    images, widths = torch.rand(3, 3, 20, 30), (5, 9, 15)
+    blurred = paint(images.contiguous(memory_format=layout), "blur", kernel_size=torch.tensor(widths))
+    for image, width, result in zip(images, widths, blurred, strict=True):
+        expected = TF.gaussian_blur(F.pad(image, (7,) * 4, mode="replicate"), width, 6.0)[:, 7:-7, 7:-7]
+        assert torch.allclose(result, expected, atol=1e-6)
 
 
-def test_blur_takes_images_in_any_layout():
-    images, sizes = torch.rand(3, 3, 40, 50), torch.tensor([5, 9, 15])
-    last = gaussian_blur(images.contiguous(memory_format=torch.channels_last), sizes, 6.0)
-    assert torch.allclose(last, gaussian_blur(images, sizes, 6.0), atol=1e-6)
+def test_textural_source_is_the_drawn_texture_at_the_size_of_the_images():
+    synthesis = AnomalySynthesis(torch.tensor([0, 51, 102], dtype=torch.uint8).repeat(8, 8, 3, 1).permute(3, 2, 0, 1))
+    params = synthesis.sample((3, 3, 32, 20), generator_for(0))
+    params = replace(params, kind=torch.ones(3).long(), operations=torch.zeros(3, 9).bool(), mask=params.mask | True)
+    painted = synthesis.apply(torch.ones(3, 3, 32, 20), replace(params, texture=torch.tensor([2, 0, 1])))
+    assert torch.allclose(painted, torch.tensor([0.4, 0, 0.2])[:, None, None, None])
 
 
-def operation(name, images, **changed):
-    """One textural operation on ``images`` with some of the drawn parameters replaced."""
-    params = AnomalySynthesis(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).sample(
-        images.shape, torch.Generator().manual_seed(0)
-    )
-    for key, value in changed.items():
-        setattr(params, key, value)
-    return {**STRUCTURAL_OPERATIONS, **TEXTURAL_OPERATIONS}[name](images, params)
+def test_moved_synthesis_is_the_same(images, textures):
+    synthesis = AnomalySynthesis(textures, kinds=["blur", "textural"], probability=0.5)
+    moved = synthesis.to(torch.device("cpu"))
+    assert torch.equal(moved(images, generator_for(1))[0], synthesis(images, generator_for(1))[0])
 
 
-def test_operations_equal_torchvisions():
-    images = torch.rand(2, 3, 20, 20)
-    factors = torch.tensor([0.5, 2.5])
-    sharp = operation("sharpen", images, sharpness=factors)
-    gamma = operation("gamma", images, gamma=factors[:, None].expand(2, 3))
-    solarised = operation("solarise", images, solarise=factors / 4)
-    posterised = operation("posterise", (images * 255).floor() / 255, levels=torch.tensor([2, 16]))
-    saturated = operation("saturation", images, saturation=factors)
-    for i, factor in enumerate(factors.tolist()):
-        assert torch.allclose(sharp[i], TF.adjust_sharpness(images[i], factor), atol=1e-6)
-        assert torch.allclose(gamma[i], TF.adjust_gamma(images[i], factor), atol=1e-6)
-        assert torch.allclose(solarised[i], TF.solarize(images[i], factor / 4))
-        bits = TF.posterize((images[i] * 255).to(torch.uint8), (1, 4)[i])
-        assert torch.allclose((posterised[i] * 256).round(), bits.float())
-        saturations = rgb_to_hsv(saturated[i : i + 1])[:, 1], rgb_to_hsv(images[i : i + 1])[:, 1]
-        assert torch.allclose(saturations[0], (saturations[1] * factor).clamp(max=1), atol=1e-4)
-    assert torch.allclose(operation("invert", images), TF.invert(images))
-    assert torch.allclose(operation("autocontrast", images), TF.autocontrast(images))
-    eight_bits = TF.to_dtype(images, torch.uint8, scale=True)
-    assert torch.allclose(operation("equalise", images) * 255, TF.equalize(eight_bits).float(), atol=1e-3)
-    flips = torch.tensor([[True, False], [False, True]])
-    assert torch.equal(operation("flip", images, flip=flips), torch.stack([images[0].flip(-1), images[1].flip(-2)]))
-    hues = rgb_to_hsv(images)[:, 0], rgb_to_hsv(operation("hue", images, hue=torch.tensor([0.5, 0.9])))[:, 0]
-    assert torch.allclose(hues[1], hues[0] * torch.tensor([0.5, 0.9])[:, None, None], atol=1e-4)
-    shifted = rgb_to_hsv(operation("hue_and_saturation", images, shift=torch.tensor([[0.1, 0.0], [-0.1, 0.0]])))[:, 0]
-    difference = (shifted - hues[0] - torch.tensor([0.1, -0.1])[:, None, None]) % 1
-    assert torch.minimum(difference, 1 - difference).max() < 1e-4
+OUT_OF_RANGE = {
+    "textures": [None, torch.zeros(1, 3, 0, 8, dtype=torch.uint8), torch.zeros(1, 3, 8, 8)],
+    "probability": [-0.1, 1.1, math.nan, "x", None],
+    "kinds": ["blur", [], ["scratch"], ["blur", 3], [["blur"]], {"blur"}, 3, None],
+}
 
 
-def test_textural_source_is_the_drawn_texture(generator):
-    textures = torch.stack([torch.full((3, 8, 8), value, dtype=torch.uint8) for value in (0, 51, 102)])
-    synthesis = AnomalySynthesis(textures, kinds=["textural"])
-    params = synthesis.sample((6, 3, 32, 32), generator)
-    params.operations[:] = False
-    corrupted = synthesis.apply(torch.ones(6, 3, 32, 32), params)
-    for image, mask, texture in zip(corrupted, params.mask, params.texture.tolist(), strict=True):
-        assert torch.allclose(image[mask.expand(3, -1, -1)], torch.tensor((0.0, 0.2, 0.4)[texture]), atol=1e-3)
-
-
-def test_is_a_v2_transform(images, textures, generator):
-    synthesis = AnomalySynthesis(textures, generator=generator)
-    assert isinstance(synthesis, v2.Transform)
-    old = tv_tensors.Mask(torch.zeros(6, 1, 48, 56, dtype=torch.uint8))
-    old[:, :, :4] = 1
-    corrupted, masks = v2.Compose([synthesis, v2.ToDtype(torch.float32)])(tv_tensors.Image(images), old)
-    assert isinstance(corrupted, tv_tensors.Image)
-    assert isinstance(masks, tv_tensors.Mask)
-    assert masks[:, :, :4].bool().all()
-    changed = (corrupted != images).any(1, keepdim=True)
-    assert masks.bool()[changed].all()
-    single, mask = synthesis(images[0])
-    assert single.shape == images[0].shape
-    assert mask.shape == (1, 48, 56)
-
-
-def test_dtype_is_kept(images, textures, generator):
-    corrupted, _ = AnomalySynthesis(textures, generator=generator)(images.half())
-    assert corrupted.dtype == torch.float16
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 70), (70, 1)])
-def test_images_that_no_mask_fits_are_refused(size, textures):
-    with pytest.raises(ValueError, match=f"at least 2x2 pixels, got {size[0]}x{size[1]}"):
-        AnomalySynthesis(textures)(torch.zeros(1, 3, *size))
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, given in OUT_OF_RANGE.items() for value in given])
+def test_arguments_out_of_range_are_refused(name, value, textures):
+    with pytest.raises(ValueError, match=rf"^{name} must .*, got "):
+        AnomalySynthesis(**{"textures": textures, name: value})
 
 
 def test_whole_number_images_are_refused(textures):
-    with pytest.raises(TypeError, match="floating point"):
+    with pytest.raises(TypeError, match=r"floating point in \[0, 1\], got torch.uint8"):
         AnomalySynthesis(textures)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-
-
-def test_every_parameter_has_a_row_per_image(textures, generator):
-    params = AnomalySynthesis(textures).sample((4, 3, 8, 8), generator)
-    assert {f.name: len(getattr(params, f.name)) for f in fields(params)} == dict.fromkeys(
-        [f.name for f in fields(params)], 4
-    )
 
 
 def test_textures_are_read_from_a_folder(texture_folder, generator):
@@ -276,9 +282,10 @@ def test_textures_are_read_from_a_folder(texture_folder, generator):
     assert textures.shape == (3, 3, 32, 32)
     assert sorted(textures.float().mean(dim=(1, 2, 3)).round().tolist()) == pytest.approx([0, 60, 120], abs=2)
     assert load_textures(texture_folder, 2, 32, generator).shape == (2, 3, 32, 32)
+    assert textures_from(texture_folder, generator).shape == (3, 3, 256, 256)
 
 
-def test_textures_that_cannot_be_read(texture_folder):
+def test_textures_that_cannot_be_read_are_refused(texture_folder):
     with pytest.raises(FileNotFoundError, match="no photographs"):
         load_textures(texture_folder / "nowhere", 10, 32)
     (texture_folder / "broken.jpg").write_bytes(b"not an image")
@@ -286,9 +293,37 @@ def test_textures_that_cannot_be_read(texture_folder):
         load_textures(texture_folder, 10, 32)
 
 
-def test_builtin_textures_differ_and_are_reproducible(generator):
-    textures = builtin_textures(8, 32, generator)
-    assert textures.shape == (8, 3, 32, 32)
-    assert torch.equal(textures, builtin_textures(8, 32, torch.Generator().manual_seed(0)))
-    assert textures.float().std(dim=(2, 3)).min() > 1
-    assert len({tuple(t.float().mean(dim=(1, 2)).round().tolist()) for t in textures}) == 8
+def test_builtin_textures_differ_and_are_reproducible():
+    textures = textures_from("builtin", generator_for(0))
+    assert textures.shape == (512, 3, 256, 256)
+    assert torch.equal(textures[:32], builtin_textures(32, 256, generator_for(0)))
+    assert textures[:32].float().std(dim=(2, 3)).min() > 1
+    assert len({tuple(t[:, ::64, ::64].flatten().tolist()) for t in textures}) == 512
+
+
+def test_download_is_complete_or_begun_anew(tmp_path, monkeypatch):
+    folder, calls = tmp_path / "dtd", []
+
+    def download(url, download_root, md5):
+        calls.append(url)
+        root = tmp_path / "dtd.unfinished" / "dtd"
+        assert str(root) == str(download_root)
+        assert not root.exists()
+        (root / "dtd" / "images" / "striped").mkdir(parents=True)
+        if len(calls) == 1:
+            raise ConnectionError
+        (root / "dtd-r1.0.1.tar.gz").write_bytes(b"archive")
+        (root / "dtd" / "labels").mkdir()
+        (root / "dtd" / "labels" / "train1.txt").write_text("striped/0.jpg\n")
+        Image.new("RGB", (40, 30), "white").save(root / "dtd" / "images" / "striped" / "0.jpg")
+
+    monkeypatch.setattr("torchvision.datasets.dtd.download_and_extract_archive", download)
+    with pytest.raises(ConnectionError):
+        download_textures(folder)
+    assert not folder.exists()
+    folder.mkdir()
+    download_textures(folder)
+    assert (load_textures(folder, 10, 8) == 255).all()
+    assert not list(tmp_path.rglob("*.tar.gz"))
+    download_textures(folder)
+    assert len(calls) == 2

@@ -1,21 +1,21 @@
-"""What most tests run: a small Cse without a word, from Python and through anomalib's command line."""
+"""What most tests run: small models without a word, from Python and through anomalib's command line."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from anomalib_cse import Cse, CseGaussian
+
 ANOMALIB = Path(sys.executable).with_name("anomalib")
-TINY = {
+COMMON = {
     "backbone": "test_efficientnet",
     "layers": (2, 3),
     "pre_trained": False,
     "image_size": (64, 64),
-    "batch_size": 4,
-    "embedder": "network",
     "seed": 0,
 }
-LINEAR = {**TINY, "embedder": "linear"}
+MODELS = {"Cse": Cse, "CseGaussian": CseGaussian}
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 

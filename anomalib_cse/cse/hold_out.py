@@ -94,4 +94,4 @@ class HoldOut(Callback):
         del exception
         self.give_back(trainer)
         if self.is_of(pl_module):
-            pl_module.pairing = None
+            pl_module.pairing, pl_module.scores_changed = None, True

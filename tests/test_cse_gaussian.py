@@ -1,0 +1,420 @@
+"""The closed form against naive loops in numpy, and under anomalib's engine."""
+
+import copy
+from collections import Counter
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from anomalib.data import ImageBatch, ImageItem, MVTecAD
+from anomalib.engine import Engine
+from lightning.pytorch import Trainer
+from scipy.spatial.distance import mahalanobis
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import ColorJitter
+
+from anomalib_cse import CseGaussian, CseGaussianModel
+from anomalib_cse.cse_gaussian.fit import PRIOR, fit
+from anomalib_cse.cse_gaussian.moments import RIDGE
+from anomalib_cse.cse_gaussian.sample import FEWEST_KEPT, TrainingSample
+from anomalib_cse.cse_gaussian.torch_model import GaussianMap, directions_of, geometric_mean, image_score, smooth
+
+from tiny import COMMON, QUIET
+
+SIZE = (40, 56)
+AXES = [(), (-1,), (-2,), (-2, -1)]
+
+
+def new_model(**options):
+    torch.manual_seed(0)
+    return CseGaussianModel("test_efficientnet", pre_trained=False, **{"embedding_dim": 6, **options})
+
+
+def test_smooth_equals_a_naive_loop():
+    maps = torch.rand(2, 3, 4, 5)
+    smoothed = smooth(maps)
+    weights = {-1: 0.25, 0: 0.5, 1: 0.25}
+    for i, j in np.ndindex(4, 5):
+        expected = sum(
+            weights[di] * weights[dj] * maps[:, :, min(max(i + di, 0), 3), min(max(j + dj, 0), 4)]
+            for di, dj in product(weights, weights)
+        )
+        assert torch.allclose(smoothed[:, :, i, j], expected)
+
+
+@pytest.mark.parametrize(("size", "count"), [((4, 5), 1), ((10, 30), 2), ((32, 32), 5)])
+def test_image_score_is_the_mean_of_the_largest_half_per_cent(size, count):
+    maps = torch.rand(3, 1, *size)
+    expected = [sum(sorted(image.flatten().tolist())[-count:]) / count for image in maps]
+    assert image_score(maps).tolist() == pytest.approx(expected)
+
+
+def test_layers_are_joined_by_their_weighted_geometric_mean():
+    maps, weights = torch.rand(2, 3, 4, 5), torch.tensor([0.2, 0.3, 0.5]).view(1, 3, 1, 1)
+    expected = scipy.stats.gmean(maps.numpy(), axis=1, weights=weights.expand_as(maps).numpy())
+    assert np.allclose(geometric_mean(maps, weights)[:, 0], expected)
+    maps[:, 1] = 0
+    assert (geometric_mean(maps, weights) == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(), (4, 6)], ids=["in common", "own"])
+def test_distances_are_mahalanobis_distances_from_the_positions_gaussian(shape):
+    rng = np.random.default_rng(0)
+    gaussian, mean, directions = GaussianMap(7, 3), rng.normal(size=7), rng.normal(size=(7, 3))
+    factor = rng.normal(size=(*shape, 3, 3))
+    covariances = np.broadcast_to(factor @ factor.swapaxes(-1, -2) + np.eye(3), (4, 6, 3, 3))
+    roots = np.linalg.inv(np.linalg.cholesky(covariances)).swapaxes(-1, -2)
+    scale, features = rng.random((4, 6)), rng.normal(size=(2, 7, 4, 6))
+    values = {"mean": mean, "directions": directions, "roots": roots if shape else roots[0, 0], "scale": scale}
+    for name, value in values.items():
+        gaussian.set(name, torch.from_numpy(value))
+    distances = gaussian(torch.from_numpy(features).float())
+    assert distances.shape == (2, 1, 4, 6)
+    for image, i, j in np.ndindex(2, 4, 6):
+        embedding = (features[image, :, i, j] - mean) @ directions
+        expected = mahalanobis(embedding, np.zeros(3), np.linalg.inv(covariances[i, j])) * scale[i, j]
+        assert distances[image, 0, i, j].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "most", "dim"), [(112, 64, 64), (40, 64, 32), (40, 40, 40), (40, 6, 6), (9, 64, 9)]
+)
+def test_a_layer_has_no_more_directions_than_channels_and_whole_registers(channels, most, dim):
+    assert directions_of(channels, most) == dim
+
+
+class Patch:
+    """Paints the same patch into every image whose first pixel is bright, so that numpy can do it too."""
+
+    mask = torch.zeros(1, *SIZE, dtype=torch.bool)
+    mask[:, 6:34, 2:26] = True
+    pattern = 0.06 * torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(1))
+
+    def sample(self, shape, generator):
+        return SimpleNamespace(mask=torch.zeros(shape[0], 1, *shape[2:], dtype=torch.bool))
+
+    def apply(self, images, params):
+        params.mask[images[:, 0, 0, 0] > 0.5] = self.mask
+        return torch.where(params.mask, images + self.pattern, images)
+
+
+def images_of(kind, count=16):
+    """Of a surface, on which all places vary alike; or of a part, of which the left half hardly does."""
+    images = torch.rand(count, 3, *SIZE, generator=torch.Generator().manual_seed(0)) - 0.5
+    if kind == "part":
+        images[..., : SIZE[1] // 2] *= 0.2
+    images[:, :, 0, 0] = torch.tensor([-0.1, 0.1, 0.1, 0.1, 0.1]).repeat(count)[:count, None]  # every fifth stays clean
+    return images + 0.5
+
+
+def sample_of(model, images, budget=2**30, batch=5):
+    sample = TrainingSample(budget, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for part in images.split(batch):
+            sample.add(part, model.smoothed_features(part))
+    return sample
+
+
+def features_of(model, images):
+    """Of each layer ``(N, h, w, C)``."""
+    with torch.no_grad():
+        return [f.movedim(1, -1).double().numpy() for f in model.smoothed_features(images)]
+
+
+class NaiveLayer:
+    """Mean, directions and weights of evidence, of all images at once; then distances with loops."""
+
+    def __init__(self, clean, defects, masks, dim):
+        flat = clean.reshape(-1, clean.shape[-1])
+        covariance = np.cov(flat.T, bias=True)
+        covariance += RIDGE * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        self.mean = flat.mean(axis=0)
+        cover = F.adaptive_avg_pool2d(masks.double(), clean.shape[1:3]).numpy().reshape(-1, 1)
+        away = defects.reshape(flat.shape) - self.mean
+        ratios, vectors = scipy.linalg.eigh((away * cover).T @ away / cover.sum(), covariance)
+        self.directions = vectors[:, ::-1][:, :dim]
+        self.factors = np.maximum(1 - 1 / ratios[::-1][:dim], 0)
+
+    def distances(self, features, own=None):
+        """``(N, h, w)``; with covariances of the positions' own if there are features ``own`` to learn them from."""
+        embedded, distances = (features - self.mean) @ self.directions, np.zeros(features.shape[:3])
+        for i, j in np.ndindex(*features.shape[1:3]):
+            covariance = np.eye(len(self.factors))
+            if own is not None:
+                here = (own[:, i, j] - self.mean) @ self.directions
+                covariance = (here.T @ here + PRIOR * covariance) / (len(here) + PRIOR)
+            whitened = embedded[:, i, j] @ np.linalg.inv(scipy.linalg.sqrtm(covariance).real)
+            distances[:, i, j] = np.sqrt((self.factors * whitened**2).sum(axis=-1))
+        return distances
+
+
+def naive_joint(layers, features, shown, own=None):
+    """The joint map ``(N, 1, h, w)``: distances are 1 on average over the features ``shown``."""
+    own = [None] * len(layers) if own is None else own
+    maps = [
+        layer.distances(f, o) / layer.distances(s, o).mean(axis=0)
+        for layer, f, s, o in zip(layers, features, shown, own, strict=True)
+    ]
+    large = [F.interpolate(torch.from_numpy(m)[:, None], maps[0].shape[1:], mode="bilinear").numpy() for m in maps]
+    total = sum(layer.factors.sum() for layer in layers)
+    return np.prod([m ** (layer.factors.sum() / total) for m, layer in zip(large, layers, strict=True)], axis=0)
+
+
+def naive_scores(joint):
+    count = max(1, round(0.005 * joint[0].size))
+    return np.sort(joint.reshape(len(joint), -1))[:, -count:].mean(axis=1)
+
+
+@pytest.mark.parametrize("kind", ["surface", "part"])
+def test_fit_and_forward_equal_numpys_of_all_images_at_once(kind):
+    model, images = new_model(layers=(1, 2, 3)), images_of(kind)  # strides 4 and 8, on one grid, and 16
+    trial = fit(model, sample_of(model, images), Patch(), 0)
+    params = Patch().sample(images.shape, None)
+    painted = Patch().apply(images, params)
+    clean, defects = features_of(model, images), features_of(model, painted)
+    layers = [NaiveLayer(c, d, params.mask, 6) for c, d in zip(clean, defects, strict=True)]
+    mirrored = [np.concatenate(m) for m in zip(*(features_of(model, images.flip(a)) for a in AXES), strict=True)]
+    some, others, others_painted = ([f[start::2] for f in fs] for fs, start in ((clean, 0), (clean, 1), (defects, 1)))
+    labels = params.mask[1::2].flatten(1).any(dim=1).tolist()
+    assert not all(labels)  # those without a defect count as clean ones
+    for auroc, options in ((trial.in_common, {"shown": mirrored}), (trial.own, {"shown": some, "own": some})):
+        good, drawn = (naive_scores(naive_joint(layers, f, **options)) for f in (others, others_painted))
+        repeats = 128 // len(drawn)  # images with defects are drawn so often
+        good = [*good, *repeats * [s for s, label in zip(drawn, labels, strict=True) if not label]]
+        bad = [s for s, label in zip(drawn, labels, strict=True) if label]
+        assert auroc == pytest.approx(np.mean([a < b for a in good for b in bad]), abs=1e-6)
+    assert trial.differ is (kind == "part")
+    assert [g.roots.dim() for g in model.maps] == [4 if trial.differ else 2] * 3
+    options = {"shown": clean, "own": clean} if trial.differ else {"shown": mirrored}
+    joint = naive_joint(layers, features_of(model, images.flip(1)), **options)
+    scored = model(images.flip(1))
+    assert scored.pred_score.numpy() == pytest.approx(naive_scores(joint), rel=1e-4)
+    expected = F.interpolate(torch.from_numpy(joint), SIZE, mode="bilinear")
+    assert np.allclose(scored.anomaly_map, expected, rtol=1e-4)
+
+
+def fitted(images=None, **options):
+    model = new_model(layers=(2, 3))
+    images = images_of("part") if images is None else images
+    fit(model, sample_of(model, images, **options), Patch(), 0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def part():
+    return fitted()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_batch_sizes_do_not_change_the_fit(batch, part):
+    """Of 3 and 5, turns of the halves go on over batches."""
+    images = images_of("part")
+    assert torch.allclose(fitted(batch=batch)(images).anomaly_map, part(images).anomaly_map, rtol=1e-4)
+
+
+def test_scoring_changes_nothing_and_needs_only_the_state(part):
+    images, before = images_of("part"), copy.deepcopy(part.state_dict())
+    other = new_model(layers=(2, 3))
+    other.load_state_dict(before)
+    assert torch.equal(other.train()(images).pred_score, part(images).pred_score)
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not any(parameter.requires_grad for parameter in part.parameters())
+
+
+def test_half_precision_leaves_distances_alone(part):
+    """Squares of distances overflow in it; only the backbone's rounding may show."""
+    images = images_of("part")
+    images[:, :, 8:24, 8:24] = 5
+    expected = part(images).pred_score
+    with torch.autocast("cpu", torch.float16):
+        scores = part(images).pred_score
+    assert scores.dtype == torch.float32
+    assert torch.allclose(scores, expected, rtol=0.1)
+
+
+@pytest.mark.parametrize("budget", [0, 1_500_000])
+def test_memory_is_bounded_and_own_covariances_give_way_to_one(budget):
+    model, images = new_model(layers=(2, 3)), images_of("part", 70)
+    sample = sample_of(model, images, budget)
+    kept = sum(len(half.images) for half in sample.halves)
+    assert sample.count == 70
+    assert kept == FEWEST_KEPT if budget == 0 else FEWEST_KEPT < kept < 70
+    size = sum(image.nbytes + sum(f.nbytes for f in model.smoothed_features(image[None])) for image in images[:1])
+    assert kept * size <= budget or budget == 0
+    assert fit(model, sample, Patch(), 0) is None
+    assert [g.roots.dim() for g in model.maps] == [2, 2]
+    flat = features_of(model, images)[0].reshape(-1, model.backbone.channels[0])
+    assert np.allclose(model.maps[0].mean, flat.mean(axis=0), atol=1e-5)  # of all images, whichever were kept
+
+
+def test_every_image_is_as_likely_to_be_kept():
+    images = torch.arange(60.0).view(60, 1, 1, 1).expand(-1, 3, 1, 1)
+    kept = Counter()
+    for seed in range(200):
+        sample = TrainingSample(0, torch.Generator().manual_seed(seed))
+        for part in images.split(20):
+            sample.add(part, [part])
+        kept.update(int(image[0, 0, 0]) for image in sample.kept)
+    share = FEWEST_KEPT / 60
+    assert sorted(kept) == list(range(60))
+    assert all(abs(count - 200 * share) < 4.5 * (200 * share * (1 - share)) ** 0.5 for count in kept.values())
+
+
+class Unseen(Patch):
+    pattern = torch.zeros(3, 1, 1)
+
+
+class Unpainted(Patch):
+    mask = torch.zeros(1, *SIZE, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("synthesis", "spoil", "message"),
+    [
+        (Unpainted(), lambda f: f, "no synthetic defects to select the embedding by"),
+        (
+            Unseen(),
+            lambda f: torch.randn(f.shape).mul(100),
+            "no synthetic defect stands out from clean images in layer 2",
+        ),
+        (Patch(), lambda f: f * torch.nan, "features of the training images are NaN or infinite"),
+        (Patch(), lambda f: torch.ones_like(f) / 10, "features of the training images are all alike in layer 2"),
+    ],
+)
+def test_fit_refuses_and_leaves_no_model_that_seems_fitted(synthesis, spoil, message, part):
+    model, images = copy.deepcopy(part), images_of("part")
+    sample = TrainingSample(2**30, torch.Generator())
+    sample.add(images, [spoil(f) for f in model.smoothed_features(images)])
+    with pytest.raises(ValueError, match=message):
+        fit(model, sample, synthesis, 0)
+    with pytest.raises(RuntimeError, match="the model is not fitted"):
+        model(images)
+
+
+def test_forward_refuses_other_sizes_and_a_model_that_is_not_fitted(part):
+    with pytest.raises(RuntimeError, match="the model is not fitted"):
+        new_model()(torch.rand(1, 3, *SIZE))
+    with pytest.raises(ValueError, match=r"images must be \(40, 56\) pixels high and wide.* got \(40, 32\)"):
+        part(torch.rand(1, 3, 40, 32))
+
+
+def data_of(root, **options):
+    return MVTecAD(root=root, category="tiny", num_workers=0, **options)
+
+
+def fit_with(results, *loaders, trainer=None, **data):
+    """Fit by anomalib's engine, with training images in the same order."""
+    model = CseGaussian(**COMMON)
+    torch.manual_seed(0)
+    engine = Engine(default_root_dir=results, **QUIET, **(trainer or {}))
+    engine.fit(model, *loaders, **data)
+    return model
+
+
+def assert_same_model(model, expected, rtol=1e-4):
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found, wanted = model.model(images), expected.model(images)
+    assert torch.allclose(found.anomaly_map, wanted.anomaly_map, rtol=rtol)
+
+
+@pytest.fixture(scope="module")
+def reference(mvtec_root, tmp_path_factory):
+    return fit_with(tmp_path_factory.mktemp("reference"), datamodule=data_of(mvtec_root))
+
+
+def test_white_squares_are_found_after_one_epoch(reference, mvtec_root, tmp_path):
+    engine = Engine(max_epochs=5, default_root_dir=tmp_path, **QUIET)
+    [metrics] = engine.test(reference, datamodule=data_of(mvtec_root))
+    assert metrics["image_AUROC"] == 1
+    assert metrics["pixel_AUROC"] > 0.9
+    assert engine.trainer.max_epochs == 1
+
+
+@pytest.mark.parametrize("options", [{"train_batch_size": 3}, {"train_batch_size": 1, "num_workers": 1}], ids=str)
+def test_batches_and_workers_do_not_change_a_run(options, reference, mvtec_root, tmp_path):
+    data = MVTecAD(root=mvtec_root, category="tiny", **{"num_workers": 0, **options})
+    assert_same_model(fit_with(tmp_path, datamodule=data), reference)
+
+
+def test_validation_and_an_earlier_fit_do_not_change_a_run(reference, mvtec_root, tmp_path):
+    model = copy.deepcopy(reference)
+    dark = MVTecAD(root=mvtec_root, category="tiny", num_workers=0, train_augmentations=ColorJitter(brightness=0.9))
+    Engine(default_root_dir=tmp_path, **QUIET).fit(model, datamodule=dark)
+    with pytest.raises(AssertionError):  # augmentations are used
+        assert_same_model(model, reference, rtol=0.01)
+    torch.manual_seed(0)
+    Engine(default_root_dir=tmp_path, limit_val_batches=0, **QUIET).fit(model, datamodule=data_of(mvtec_root))
+    assert_same_model(model, reference)
+
+
+def test_seed_decides_the_defects(reference, mvtec_root, tmp_path):
+    model = CseGaussian(**{**COMMON, "seed": 1})
+    model.model.backbone.load_state_dict(reference.model.backbone.state_dict())
+    torch.manual_seed(0)
+    Engine(default_root_dir=tmp_path, **QUIET).fit(model, datamodule=data_of(mvtec_root))
+    with pytest.raises(AssertionError):
+        assert_same_model(model, reference)
+
+
+def test_same_seed_gives_the_same_model_whatever_the_global_random_numbers(reference, mvtec_root, tmp_path):
+    model = CseGaussian(**COMMON)
+    torch.manual_seed(1)
+    Engine(default_root_dir=tmp_path, **QUIET).fit(model, datamodule=data_of(mvtec_root))
+    assert_same_model(model, reference)
+
+
+def test_mixed_precision_finds_white_squares(mvtec_root, tmp_path):
+    data = data_of(mvtec_root)
+    model = fit_with(tmp_path, datamodule=data, trainer={"precision": "bf16-mixed"})
+    [metrics] = Engine(default_root_dir=tmp_path, **QUIET).test(model, datamodule=data)
+    assert metrics["image_AUROC"] == 1
+    assert all(v.dtype in (torch.float32, torch.int64) for v in model.state_dict().values())
+
+
+class Images(torch.utils.data.Dataset):
+    """The user's own images, which no datamodule knows."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return ImageItem(image=self.images[index], image_path=f"{index}.raw")
+
+
+def loader_of(images):
+    return DataLoader(Images(images), batch_size=4, collate_fn=ImageBatch.collate)
+
+
+FEW = {
+    **{f"{n} of noise": torch.rand(n, 3, 64, 64, generator=torch.Generator().manual_seed(0)) for n in (1, 2, 3, 12)},
+    "black": torch.zeros(4, 3, 64, 64),
+    "identical": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).repeat(12, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("images", FEW.values(), ids=FEW)
+def test_few_black_and_identical_images_from_own_loaders_give_finite_scores(images, tmp_path):
+    model = fit_with(tmp_path, loader_of(images))
+    unlike = torch.rand(2, 3, 64, 64)
+    unlike[:, :, 16:48, 16:48] = 1
+    scored = model.model(torch.cat([images, unlike]))
+    assert scored.anomaly_map.isfinite().all()
+    assert scored.pred_score[-2:].min() > scored.pred_score[:-2].max()
+
+
+def test_trainer_of_lightnings_own_fits_in_one_epoch(reference, mvtec_root, tmp_path):
+    model = CseGaussian(**COMMON)
+    torch.manual_seed(0)
+    trainer = Trainer(default_root_dir=tmp_path, enable_checkpointing=False, num_sanity_val_steps=0, **QUIET)
+    trainer.fit(model, datamodule=data_of(mvtec_root))
+    assert trainer.current_epoch == 1
+    assert_same_model(model, reference)

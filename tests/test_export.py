@@ -228,7 +228,7 @@ def inputs(path, operation):
 def test_quantisation_leaves_resizing_and_distances_alone(name, compressed, exported):
     """Squares in 8 bits would make clean distances 0; a tiny model's scores hardly show it."""
     files = exported[name, ExportType.OPENVINO], compressed[name, CompressionType.INT8_PTQ]
-    for operation in ("MatMul", *(["Sqrt", "Power", "ReduceProd"] if name == "own" else ["ReduceSum", "ReduceMean"])):
+    for operation in ("MatMul", *(["Sqrt", "Power", "ReduceProd"] if name == "own" else ["ReduceSum"])):
         wanted, found = (inputs(file, operation) for file in files)
         assert wanted
         assert found == wanted

@@ -102,10 +102,12 @@ class DeploymentMixin(ExportMixin, LightningModule):
             raise ValueError(msg)
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())  # type: ignore[operator]
-        # Lightning leaves the callbacks of an earlier model in the trainer, where they would process this one's images
+        # Lightning leaves the callbacks of an earlier model in the trainer, where they would process this one's images,
+        # and adds this one's own once more if another model came in between
         own = self.configure_callbacks()
         kinds = (PreProcessor, PostProcessor, Evaluator, Visualizer)
-        trainer.callbacks[:] = [c for c in trainer.callbacks if c in own or not isinstance(c, kinds)]  # type: ignore[attr-defined]
+        kept = [c for c in trainer.callbacks if c in own or not isinstance(c, kinds)]  # type: ignore[attr-defined]
+        trainer.callbacks[:] = dict.fromkeys(kept)  # type: ignore[attr-defined]
         if stage != TrainerFn.FITTING:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]

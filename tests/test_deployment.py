@@ -13,6 +13,7 @@ from anomalib.models import Padim
 from anomalib.pre_processing import PreProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
 from sklearn.metrics import f1_score
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from torchvision.transforms.v2 import functional as TF
@@ -263,3 +264,26 @@ def test_steps_of_an_earlier_run_are_refused(name, new, mvtec_root, tmp_path):
     engine.fit(new("Cse"), datamodule=data_of(mvtec_root))
     with pytest.raises(ValueError, match="this trainer has made 1 steps of its max_steps: take a new Engine"):
         engine.fit(new(name), datamodule=data_of(mvtec_root))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Cse", {"num_sanity_val_steps": 2}, "nothing is fitted before training: set num_sanity_val_steps to 0"),
+        (
+            "CseGaussian",
+            {"num_sanity_val_steps": 2},
+            "nothing is fitted before training: set num_sanity_val_steps to 0",
+        ),
+        (
+            "Cse",
+            {"max_epochs": 2, "check_val_every_n_epoch": 5},
+            "no epoch of 2 would be validated.* now 5, to at most",
+        ),
+        ("CseGaussian", {"val_check_interval": 0.5}, "leave val_check_interval at 1.0, got 0.5"),
+    ],
+)
+def test_trainer_that_would_not_validate_the_fitted_model_is_refused(name, options, message, new, mvtec_root, tmp_path):
+    arguments = {"max_epochs": 1, "num_sanity_val_steps": 0, "enable_checkpointing": False, **QUIET, **options}
+    with pytest.raises(ValueError, match=message):
+        Trainer(default_root_dir=tmp_path, **arguments).fit(new(name), datamodule=data_of(mvtec_root))

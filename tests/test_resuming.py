@@ -180,6 +180,7 @@ def test_train_resumes_and_then_tests_what_it_has_finished(broken, whole, mvtec_
     fresh = Engine(default_root_dir=tmp_path / "fresh", **QUIET)
     assert metrics == fresh.test(model, datamodule=data_of(mvtec_root))
     [checkpoint] = (tmp_path / "resumed").rglob("*.ckpt")
+    assert Path(engine.best_model_path).resolve() == checkpoint.resolve()
     assert_equal(torch.load(checkpoint, weights_only=True)["state_dict"], whole)
 
 

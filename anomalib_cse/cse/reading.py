@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import Resize
 
 
@@ -26,6 +26,9 @@ def without_augmentations(dataset: AnomalibDataset) -> AnomalibDataset:
 
 def paths_of(dataset: object) -> list[str]:
     """Return the paths of a dataset's images in order; none of a dataset that does not name them."""
+    if isinstance(dataset, Subset):
+        paths = paths_of(dataset.dataset)
+        return [paths[index] for index in dataset.indices] if paths else []
     samples = getattr(dataset, "samples", {})
     return list(samples["image_path"]) if "image_path" in samples else []
 

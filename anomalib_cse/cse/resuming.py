@@ -37,6 +37,8 @@ class ResumingMixin(LightningModule):
         """Note the epoch that a resumed run goes on with."""
         super().on_load_checkpoint(checkpoint)
         self.first_epoch = checkpoint["epoch"] + 1
+        if self.tests_what_was_resumed():
+            checkpoint["callbacks"] = None  # they would name the unfinished checkpoint as the best
 
     def on_train_start(self) -> None:
         """Check that a resumed run leads to the end that its schedule began with.
@@ -66,6 +68,12 @@ class ResumingMixin(LightningModule):
 
     def on_test_start(self) -> None:
         """Test what resuming has given: anomalib's ``train`` then names the unfinished checkpoint that it resumed."""
-        if self.resumed is not None and str(self.trainer.ckpt_path) == self.resumed[0]:
+        if self.resumed is not None and self.tests_what_was_resumed():
             self.load_state_dict(self.resumed[1])
         self.resumed = None
+
+    def tests_what_was_resumed(self) -> bool:
+        """Whether the checkpoint under test is the one that the last ``fit`` has resumed."""
+        if self.resumed is None or self.trainer.state.fn != TrainerFn.TESTING:
+            return False
+        return str(self.trainer.ckpt_path) == self.resumed[0]

@@ -105,6 +105,14 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         if self.hparams["download_dtd"] and self.trainer.state.fn == TrainerFn.FITTING:
             download_textures(self.hparams["dtd_dir"])
 
+    def setup(self, stage: str) -> None:
+        """Check the trainer; raise a ``ValueError`` if it is to validate before the epoch has ended."""
+        super().setup(stage)
+        interval = self.trainer.val_check_interval
+        if stage == TrainerFn.FITTING and interval != 1.0:
+            msg = f"the model is fitted after a whole epoch: leave val_check_interval at 1.0, got {interval}"
+            raise ValueError(msg)
+
     def on_fit_start(self) -> None:
         """Seed torch's global random numbers, from which dataloaders draw the order of images."""
         torch.manual_seed(self.effective_seed)

@@ -120,6 +120,15 @@ class DeploymentMixin(ExportMixin, LightningModule):
                 f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
             )
             raise ValueError(msg)
+        if trainer.num_sanity_val_steps and trainer.limit_val_batches:
+            msg = "nothing is fitted before training: set num_sanity_val_steps to 0, as anomalib's Engine does"
+            raise ValueError(msg)
+        if trainer.limit_val_batches and 0 <= (trainer.max_epochs or 0) < (trainer.check_val_every_n_epoch or 0):
+            msg = (
+                f"no epoch of {trainer.max_epochs} would be validated, which thresholds come from: set "
+                f"check_val_every_n_epoch, now {trainer.check_val_every_n_epoch}, to at most that"
+            )
+            raise ValueError(msg)
         if trainer.ckpt_path is None:
             if trainer.max_steps != -1 and trainer.global_step:
                 msg = f"this trainer has made {trainer.global_step} steps of its max_steps: take a new Engine"

@@ -28,6 +28,7 @@ class HoldOut(Callback):
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
         self.all_images: AnomalibDataset | None = None  # the datamodule's own training images, while fitting
+        self.training: AnomalibDataset | None = None  # those of them that train
         self.held_out: AnomalibDataset | None = None
 
     def is_of(self, pl_module: LightningModule) -> TypeGuard["Cse"]:
@@ -53,7 +54,7 @@ class HoldOut(Callback):
 
     def split(self, data: AnomalibDataModule, seed: int) -> None:
         """Leave the datamodule the images that train, and keep the others, as they are without augmentations."""
-        images = self.all_images
+        images = self.training = self.all_images
         if not images or not self.ratio:
             return
         held_out = max(1, round(self.ratio * len(images)))
@@ -61,7 +62,7 @@ class HoldOut(Callback):
             msg = f"too few training images, {held_out}, to hold out {held_out}: give more, or set holdout_ratio to 0"
             raise ValueError(msg)
         order = torch.randperm(len(images), generator=generator_for(seed, SPLIT)).tolist()
-        data.train_data = images.subsample(sorted(order[held_out:]))
+        data.train_data = self.training = images.subsample(sorted(order[held_out:]))
         self.held_out = without_augmentations(images.subsample(sorted(order[:held_out])))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
@@ -78,11 +79,18 @@ class HoldOut(Callback):
             raise ValueError(msg)
         self.split(trainer.datamodule, begun_with)  # type: ignore[attr-defined]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise a ``ValueError`` if other images train than those that are left in the datamodule."""
+        images = getattr(trainer.train_dataloader, "dataset", None)
+        if self.is_of(pl_module) and self.training is not None and images is not self.training:
+            msg = "the trainer still has the datamodule of an earlier fit: take a new Engine to fit with dataloaders"
+            raise ValueError(msg)
+
     def give_back(self, trainer: Trainer) -> None:
         """Give the datamodule its own images back."""
         if self.all_images is not None:
             trainer.datamodule.train_data = self.all_images  # type: ignore[attr-defined]
-        self.all_images = self.held_out = None
+        self.all_images = self.training = self.held_out = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the images back when ``fit`` ends."""

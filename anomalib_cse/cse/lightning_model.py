@@ -240,7 +240,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     @torch.no_grad()
     def deploy_if_best(self, pairing: Pairing) -> None:
         """Deploy the embedder, with centres, if its hold-out loss is the lowest yet (Section 4.1); raise if NaN."""
-        loss = self.trainer.strategy.broadcast(self.hold_out_loss(pairing))
+        loss = self.trainer.strategy.broadcast(self.hold_out_loss(pairing).cpu()).to(self.device)
         weights = self.embedder.state_dict()
         if loss.isnan() or not all(value.isfinite().all() for value in weights.values()):
             msg = f"training diverged: hold-out loss {loss.item()} in epoch {self.current_epoch}; lower learning_rate"
@@ -252,7 +252,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
             self.best_loss.copy_(loss)
             self.model.embedder.load_state_dict(weights)
             self.fit_centres(pairing)
-            deployed = {name: v for name, v in self.model.state_dict().items() if not name.startswith("backbone.")}
+            deployed = {n: v.cpu() for n, v in self.model.state_dict().items() if not n.startswith("backbone.")}
             self.model.load_state_dict(self.trainer.strategy.broadcast(deployed), strict=False)
 
     def hold_out_loss(self, pairing: Pairing) -> Tensor:

@@ -78,10 +78,10 @@ class Pairing:
         self.extract = extract
         self.synthesis = synthesis
         self.cache = FeatureCache(memory_budget)
-        self.caches = memory_budget > 0
         self.seed = seed
         self.held_out = hold_out.held_out
         images = hold_out.all_images
+        self.caches = memory_budget > 0 and images is not None  # a user's own may differ at each reading
         self.defect_free = loader.dataset if images is None else without_augmentations(images)  # held out or not
         self.caches_training = images is not None and not is_augmented(images)
         self.loader = loader

@@ -43,8 +43,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         defects: Kinds of synthetic defects, out of ``structural``, ``textural`` and ``blur``.
         image_size: Height and width that images are resized to; ``None`` is 256x256.
         center_crop_size: Height and width cropped out of that.
-        memory_budget: Most bytes of sums, images and features that are kept of the training images; features of 256
-            corrupted and 96 mirrored ones come on top.
+        memory_budget: Most bytes of sums, images and features that are kept of the training images, but 24 images at
+            least; features of 256 corrupted and 96 mirrored ones come on top.
         seed: Decides sample and defects, in [0, 2^32); ``None`` takes torch's seed.
         pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
 
@@ -106,9 +106,13 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             download_textures(self.hparams["dtd_dir"])
 
     def setup(self, stage: str) -> None:
-        """Check the trainer; raise a ``ValueError`` if it is to validate before the epoch has ended."""
+        """Check the trainer; raise a ``ValueError`` if it cannot fit the model in one epoch."""
         super().setup(stage)
-        interval = self.trainer.val_check_interval
+        self.sample = None  # of a fit that broke off
+        interval, precision = self.trainer.val_check_interval, self.trainer.precision
+        if stage == TrainerFn.FITTING and precision == "16-mixed" and self.trainer.world_size > 1:
+            msg = f"several processes take precision 32-true or bf16-mixed, got {precision}: it needs an optimizer"
+            raise ValueError(msg)
         if stage == TrainerFn.FITTING and interval != 1.0:
             msg = f"the model is fitted after a whole epoch: leave val_check_interval at 1.0, got {interval}"
             raise ValueError(msg)
@@ -128,13 +132,14 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         del batch_idx
         assert self.sample is not None  # since on_train_start
         images = cast(Tensor, batch.image)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # as images are scored
             self.sample.add(images, self.model.smoothed_features(images))
         return self.unused if self.trainer.world_size > 1 else None
 
     def on_validation_start(self) -> None:
         """Fit before validation, so that thresholds are of the fitted model."""
-        self.fit()
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.fit()
 
     def on_train_epoch_end(self) -> None:
         """Fit where there is no validation, and stop, however many epochs the trainer has been given."""
@@ -161,5 +166,5 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
                     f"{trial.in_common:.3f} with one covariance for all positions, of {trial.own:.3f} with their own. "
                     f"They get {'their own' if trial.differ else 'one for all'}."
                 )
-        fitted = {name: v for name, v in self.model.state_dict().items() if not name.startswith("backbone.")}
+        fitted = {n: v.cpu() for n, v in self.model.state_dict().items() if not n.startswith("backbone.")}
         self.model.load_state_dict(strategy.broadcast(fitted), strict=False)

@@ -129,11 +129,11 @@ class DeploymentMixin(ExportMixin, LightningModule):
                 f"check_val_every_n_epoch, now {trainer.check_val_every_n_epoch}, to at most that"
             )
             raise ValueError(msg)
-        if trainer.ckpt_path is None:
-            if trainer.max_steps != -1 and trainer.global_step:
-                msg = f"this trainer has made {trainer.global_step} steps of its max_steps: take a new Engine"
-                raise ValueError(msg)
-            trainer.fit_loop.epoch_progress.reset()  # or the epochs of an earlier model would count as this one's
+        if trainer.ckpt_path is None and trainer.max_steps != -1 and trainer.global_step:
+            msg = f"this trainer has made {trainer.global_step} steps of its max_steps: take a new Engine"
+            raise ValueError(msg)
+        # or the epochs of an earlier model would count as this one's; a checkpoint to resume is read after this
+        trainer.fit_loop.epoch_progress.reset()
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
         """Score images ``(B, 3, H, W)``, known by ``paths``."""

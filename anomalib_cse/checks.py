@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 
@@ -37,18 +38,26 @@ def check_flag(name: str, value: object) -> None:
         raise ValueError(msg)
 
 
-def check_fitted(*buffers: Tensor) -> None:
-    """Raise a ``RuntimeError`` if a buffer is NaN, as all that fitting sets are before it."""
-    if any(buffer.isnan().any() for buffer in buffers):
+def check_scorable(images: Tensor, fitted_to: Tensor, fitted: Tensor) -> None:
+    """Refuse to score with a model that is not fitted, or images that it is not fitted to; an exported graph cannot.
+
+    Args:
+        images: ``(B, 3, H, W)``.
+        fitted_to: Height and width of the training images ``(2,)``.
+        fitted: What is NaN until the model is fitted.
+
+    Raises:
+        RuntimeError: If the model is not fitted.
+        ValueError: If the images are of another size.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if fitted.isnan().any():
         msg = (
             "the model is not fitted: train it, or give the checkpoint of a run that has been validated at least once "
             "(ckpt_path)"
         )
         raise RuntimeError(msg)
-
-
-def check_image_size(images: Tensor, fitted_to: Tensor) -> None:
-    """Raise a ``ValueError`` if images ``(B, 3, H, W)`` are not of the height and width ``(2,)`` of training."""
     found, wanted = tuple(images.shape[-2:]), tuple(fitted_to.tolist())
     if found != wanted:
         msg = f"images must be {wanted} pixels high and wide, as in training, got {found}: resize them"

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from anomalib_cse import Cse, CseModel
 from anomalib_cse.cse.pairs import Pairing, Pairs
 from anomalib_cse.cse.torch_model import Embedder
-from anomalib_cse.deployment import fixed_size
 from anomalib_cse.features import pool, resize
 
 OF_THE_NETWORK = ("backbone", "layers", "pre_trained", "weights", "embedding_dim", "pool_size")
@@ -59,8 +58,7 @@ class BinaryClassifier(Cse):
             msg = f"a binary classifier has no {', '.join(sorted(useless))}"
             raise ValueError(msg)
         super().__init__(**arguments, decoder="none")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.effective_seed)
+        with self.own_random_numbers():
             self.model = ClassifierModel(**{name: self.hparams[name] for name in OF_THE_NETWORK})
             self.embedder = LogitEmbedder(sum(self.backbone.channels), self.hparams["embedding_dim"])
         self.model.requires_grad_(requires_grad=False)
@@ -68,11 +66,10 @@ class BinaryClassifier(Cse):
 
     def pair_loss(self, pairs: Pairs) -> Tensor:
         """Return the binary cross-entropy of both images of every pair, the first ones being clean."""
-        features = [torch.cat(layer) for layer in zip(pairs.first, pairs.second, strict=True)]
-        logits = pool(self.embedder(features), self.model.pool_size).mean(dim=(1, 2, 3))
+        logits = pool(self.embedder(pairs.together()), self.model.pool_size).mean(dim=(1, 2, 3))
         targets = torch.cat([torch.zeros_like(pairs.corrupted), pairs.corrupted]).float()
         return F.binary_cross_entropy_with_logits(logits, targets)
 
     def fit_centres(self, pairing: Pairing) -> None:
         """Set centres of ones: there are none to fit, and without any the model would not score."""
-        self.model.set_centres(torch.ones_like(self.model.centres), fixed_size(self.pre_processor))
+        self.model.set_centres(torch.ones_like(self.model.centres), self.image_size)

@@ -12,12 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from anomalib.models import AnomalibModule
 
 Row = dict[str, str | float]
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}  # for an Engine
@@ -75,11 +71,6 @@ def exported_size(network: Path) -> float:
     """Return the size of an exported model in MB, with OpenVINO's weights, which are a file of their own."""
     files = [network, network.with_suffix(".bin")] if network.suffix == ".xml" else [network]
     return sum(file.stat().st_size for file in files) / 1e6
-
-
-def input_size(model: "AnomalibModule") -> tuple[int, int]:
-    """Return height and width of what a model's network gets to see."""
-    return tuple(model.pre_processor.transform(torch.rand(1, 3, 300, 300)).shape[-2:])
 
 
 def hardware() -> str:

@@ -31,15 +31,15 @@ from torchvision.transforms.v2 import CenterCrop, Resize
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_cse import Cse
+from anomalib_cse.deployment import fixed_size
 
-from common import OPSET, QUIET, Row, exported_size, hardware, in_child, input_size, peak_memory
+from common import OPSET, QUIET, Row, exported_size, hardware, in_child, peak_memory
 from contenders import Contender, read_contenders
-from report import contact_sheet, not_run, table, trade_off
+from report import METRICS, contact_sheet, not_run, table, trade_off
 
 CONFIG = Path(__file__).parents[1] / "configs" / "compare" / "offline.yaml"
 KEY = ["model", "category", "seed"]
 TEXTS = ["model", "category", "settings", "deviations", "remark", "failed"]
-METRICS = ["image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO"]
 COLUMNS = [*KEY, "deviations", *METRICS, "fit_s", "exported_MB", "peak_MB", "remark", "failed", "settings"]
 SHOWN = 6  # test images on a contact sheet
 SHOWN_SIZE = [256, 256]
@@ -114,7 +114,10 @@ def leave(engine: Engine, model: AnomalibModule, images: MVTecAD, folder: Path, 
     try:
         if keep:
             save_maps(engine, model, images, keep.with_suffix(".npz"))
-            torch.save({"network": model.model.cpu().eval(), "size": input_size(model)}, keep.with_suffix(".part"))
+            torch.save(
+                {"network": model.model.cpu().eval(), "size": fixed_size(model.pre_processor)},
+                keep.with_suffix(".part"),
+            )
             keep.with_suffix(".part").rename(keep.with_suffix(".pt"))  # there or not, but never half
         missing = "not exported"
         network = engine.export(model, "openvino", export_root=folder, onnx_kwargs=OPSET)

@@ -34,9 +34,10 @@ from torchvision.transforms.v2 import CenterCrop
 
 from anomalib_cse import AnomalySynthesis, Cse, CseGaussian
 from anomalib_cse.data import MVTec, SurfaceDemo
+from anomalib_cse.deployment import fixed_size
 from anomalib_cse.synthesis import builtin_textures, load_textures
 
-from common import OPSET, QUIET, Row, exported_size, hardware, in_child, input_size, markdown
+from common import OPSET, QUIET, Row, exported_size, hardware, in_child, markdown
 
 OURS = {"Cse": Cse, "CseGaussian": CseGaussian}
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO's default is bfloat16 where the processor has it
@@ -117,14 +118,16 @@ def in_torch(name: str, rounds: int) -> Row:
     """Measure a network in torch."""
     with torch.no_grad():
         model = MODELS[name]().eval()
-        return milliseconds(lambda images: model.model(torch.from_numpy(images)), input_size(model), rounds)
+        return milliseconds(
+            lambda images: model.model(torch.from_numpy(images)), fixed_size(model.pre_processor), rounds
+        )
 
 
 def export(name: str, runtime: str, folder: Path) -> Row:
     """Export a model for a runtime."""
     with torch.no_grad():
         model = MODELS[name]()
-    height, width = input_size(model)
+    height, width = fixed_size(model.pre_processor)
     compression = next((kind for kind in CompressionType if runtime.endswith(f" {kind.name}")), None)
     file = Engine(default_root_dir=folder).export(
         model,

@@ -2,10 +2,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 
-from tiny import COMMON, MODELS, QUIET
+from tiny import COMMON, MODELS, QUIET, data_of
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +67,6 @@ def trained(mvtec_root, dtd, tmp_path_factory):
         torch.manual_seed(0)
         model, results = model_class(**COMMON, dtd_dir=str(dtd)), tmp_path_factory.mktemp(name)
         engine = Engine(max_epochs=2, default_root_dir=results, **QUIET)
-        engine.fit(model, datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0))
+        engine.fit(model, datamodule=data_of(mvtec_root))
         models[name] = model, engine.best_model_path
     return models

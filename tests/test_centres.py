@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from anomalib.data import Folder, MVTecAD
+from anomalib.data import Folder
 from anomalib.engine import Engine
 from sklearn.cluster import KMeans
 from torch.nn.functional import normalize
@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from anomalib_cse import Cse
 from anomalib_cse.cse.centres import image_centres
 
-from tiny import COMMON, QUIET
+from tiny import COMMON, QUIET, data_of
 
 
 def in_one_order(centres):
@@ -76,7 +76,7 @@ def test_two_centres_are_of_two_kinds_of_surface(tmp_path, dtd):
 def test_centres_of_very_many_images_are_those_of_a_sample(mvtec_root, dtd, tmp_path, monkeypatch):
     monkeypatch.setattr("anomalib_cse.cse.lightning_model.MOST_CLUSTERED", 4)
     model = Cse(**COMMON, dtd_dir=dtd)
-    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    data = data_of(mvtec_root)
     Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(model, datamodule=data)
     embeddings = embeddings_of(model, data.train_data)
     samples = [normalize(embeddings[list(rows)].mean(0), dim=0) for rows in combinations(range(10), 4)]

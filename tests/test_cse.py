@@ -1,6 +1,7 @@
 """Cse's training: what moves, what is held out, which embedder is kept, and every way in which it may be run."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from anomalib.data import Folder, MVTecAD
+from anomalib.data import Folder
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.callbacks import Callback, EarlyStopping
@@ -18,14 +19,13 @@ from torchvision.transforms.v2 import RandomInvert, Resize
 from anomalib_cse import Cse
 from anomalib_cse.features import fuse, pool
 
+import tiny
 from tiny import COMMON, MODELS, QUIET
 
 TILDA = Path(__file__).parents[1] / "configs" / "tilda.yaml"
 
 
-def data_of(root, **options):
-    batches = {"train_batch_size": 4, "eval_batch_size": 4}
-    return MVTecAD(root=root, category="tiny", num_workers=0, **{**batches, **options})
+data_of = partial(tiny.data_of, train_batch_size=4, eval_batch_size=4)
 
 
 @pytest.fixture

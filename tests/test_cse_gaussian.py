@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
-from anomalib.data import ImageBatch, ImageItem, MVTecAD
+from anomalib.data import ImageBatch, ImageItem
 from anomalib.engine import Engine
 from lightning.pytorch import Trainer
 from scipy.spatial.distance import mahalanobis
@@ -24,7 +24,7 @@ from anomalib_cse.cse_gaussian.moments import RIDGE
 from anomalib_cse.cse_gaussian.sample import FEWEST_KEPT, TrainingSample
 from anomalib_cse.cse_gaussian.torch_model import GaussianMap, directions_of, geometric_mean, image_score, smooth
 
-from tiny import COMMON, QUIET
+from tiny import COMMON, QUIET, data_of
 
 SIZE = (40, 56)
 AXES = [(), (-1,), (-2,), (-2, -1)]
@@ -304,10 +304,6 @@ def test_forward_refuses_other_sizes_and_a_model_that_is_not_fitted(part):
         part(torch.rand(1, 3, 40, 32))
 
 
-def data_of(root, **options):
-    return MVTecAD(root=root, category="tiny", num_workers=0, **options)
-
-
 def fit_with(results, *loaders, trainer=None, **data):
     """Fit by anomalib's engine, with training images in the same order."""
     model = CseGaussian(**COMMON)
@@ -338,19 +334,32 @@ def test_white_squares_are_found_after_one_epoch(reference, mvtec_root, tmp_path
 
 @pytest.mark.parametrize("options", [{"train_batch_size": 3}, {"train_batch_size": 1, "num_workers": 1}], ids=str)
 def test_batches_and_workers_do_not_change_a_run(options, reference, mvtec_root, tmp_path):
-    data = MVTecAD(root=mvtec_root, category="tiny", **{"num_workers": 0, **options})
-    assert_same_model(fit_with(tmp_path, datamodule=data), reference)
+    assert_same_model(fit_with(tmp_path, datamodule=data_of(mvtec_root, **options)), reference)
 
 
 def test_validation_and_an_earlier_fit_do_not_change_a_run(reference, mvtec_root, tmp_path):
     model = copy.deepcopy(reference)
-    dark = MVTecAD(root=mvtec_root, category="tiny", num_workers=0, train_augmentations=ColorJitter(brightness=0.9))
+    dark = data_of(mvtec_root, train_augmentations=ColorJitter(brightness=0.9))
     Engine(default_root_dir=tmp_path, **QUIET).fit(model, datamodule=dark)
     with pytest.raises(AssertionError):  # augmentations are used
         assert_same_model(model, reference, rtol=0.01)
     torch.manual_seed(0)
     Engine(default_root_dir=tmp_path, limit_val_batches=0, **QUIET).fit(model, datamodule=data_of(mvtec_root))
     assert_same_model(model, reference)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"embedding_dim": 3}, {"defects": ["textural"]}, {"layers": (1, 3)}, {"center_crop_size": (48, 64)}, "dtd_dir"],
+    ids=str,
+)
+def test_every_argument_matters(arguments, reference, mvtec_root, dtd, tmp_path):
+    model = CseGaussian(**{**COMMON, **({"dtd_dir": dtd} if arguments == "dtd_dir" else arguments)})
+    model.model.backbone.load_state_dict(reference.model.backbone.state_dict(), strict=False)
+    Engine(default_root_dir=tmp_path, **QUIET).fit(model, datamodule=data_of(mvtec_root))
+    if model.image_size == reference.image_size:
+        with pytest.raises(AssertionError):
+            assert_same_model(model, reference)
 
 
 def test_seed_decides_the_defects(reference, mvtec_root, tmp_path):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from anomalib.data import ImageBatch, MVTecAD
+from anomalib.data import ImageBatch
 from anomalib.engine import Engine
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.models import Padim
@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as TF
 from anomalib_cse.deployment.post_processing import MidwayPostProcessor, MidwayThreshold
 from anomalib_cse.deployment.pre_processing import ExactResize
 
-from tiny import COMMON, MODELS, QUIET
+from tiny import COMMON, MODELS, QUIET, data_of
 
 UNSIZED = {name: value for name, value in COMMON.items() if name != "image_size"}
 FIELDS = {"fields": ["pred_score", "gt_label"], "strict": False}
@@ -32,10 +32,6 @@ both_models = pytest.mark.parametrize("name", MODELS)
 def new(dtd):
     """A model like those of ``trained``."""
     return lambda name, **options: MODELS[name](**{**COMMON, "dtd_dir": str(dtd), **options})
-
-
-def data_of(root):
-    return MVTecAD(root=root, category="tiny", num_workers=0)
 
 
 def scores_of(engine, model, root, **options):

@@ -8,10 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 
-from tiny import COMMON, MODELS, QUIET, flags
+from tiny import COMMON, MODELS, QUIET, data_of, flags
 
 EPOCHS = {"Cse": {"max_epochs": 2}, "CseGaussian": {}}
 
@@ -48,7 +47,7 @@ def test_one_seed_gives_one_model(name, command_lines, mvtec_root, dtd, tmp_path
         torch.manual_seed(run)
         model = MODELS[name](**{**COMMON, "dtd_dir": dtd, "seed": seed})
         engine = Engine(default_root_dir=tmp_path / f"{run}", **EPOCHS[name], **QUIET)
-        data = MVTecAD(root=mvtec_root, category="tiny", num_workers=workers, train_batch_size=4)
+        data = data_of(mvtec_root, num_workers=workers, train_batch_size=4)
         engine.fit(model, datamodule=data)
     first, second, other = (checkpoint_in(tmp_path / f"{run}") for run in range(3))
     for checkpoint in (second, checkpoint_in(command_lines / name)):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tiny import QUIET
 
 CAMERA_LOOP = Path(__file__).parents[1] / "examples" / "camera_loop.py"
-SIZES = [(64, 64), (300, 517), (40, 30)]  # as trained, larger and not square, smaller
+SIZES = [(64, 64), (300, 517), (40, 30), (2000, 600)]  # as trained, larger and not square, smaller, far larger
 TOLERANCE = {"pred_score": 1e-4, "anomaly_map": 1e-3, "pred_label": 0}
 NAMES = ["{}x{}".format(*size) for size in SIZES]
 COMPRESSIONS = [

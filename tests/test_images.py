@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import Folder, ImageBatch, ImageItem, MVTecAD, PredictDataset
+from anomalib.data import Folder, ImageBatch, ImageItem, PredictDataset
 from anomalib.engine import Engine
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from anomalib_cse import Cse
 
-from tiny import COMMON, MODELS, QUIET
+from tiny import COMMON, MODELS, QUIET, data_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* is of Pillow's mode"),
@@ -191,7 +191,7 @@ def broken_data(mvtec_root, tmp_path):
         shutil.copytree(mvtec_root, tmp_path / "data")
         file = tmp_path / "data" / "tiny" / place
         file.write_bytes(file.read_bytes()[:-30])
-        return MVTecAD(root=tmp_path / "data", category="tiny", num_workers=0)
+        return data_of(tmp_path / "data")
 
     return make
 

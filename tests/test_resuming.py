@@ -4,16 +4,17 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from lightning.pytorch.callbacks import Callback
 
 from anomalib_cse import Cse
 
+import tiny
 from tiny import COMMON, MODELS, QUIET
 
 EPOCHS = 4
@@ -63,8 +64,7 @@ print("exit codes", [run.exitcode for run in runs])
 """
 
 
-def data_of(root, **options):
-    return MVTecAD(root=root, category="tiny", **{"num_workers": 0, "train_batch_size": 4, **options})
+data_of = partial(tiny.data_of, train_batch_size=4)
 
 
 @pytest.fixture(scope="module")

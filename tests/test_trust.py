@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from safetensors.torch import save_file
 
-from tiny import COMMON, MODELS, QUIET
+from tiny import COMMON, MODELS, QUIET, data_of
 
 OFFLINE = """
 import os, socket, sys
@@ -90,7 +89,7 @@ def test_no_pickle_is_executed(name, mvtec_root, tmp_path):
         create(**weighted, weights=tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read"):
         create(**{**weighted, "backbone": f"local-dir:{tmp_path / 'folder'}"})
-    data = MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
+    data = data_of(mvtec_root)
     for use in (Engine.fit, Engine.test):
         engine = Engine(default_root_dir=tmp_path, **QUIET)
         with pytest.raises(Exception, match=r"(?s)weights.only"):
@@ -122,9 +121,7 @@ def test_a_download_with_another_hash_is_refused_and_not_kept(name, mvtec_root, 
     model = MODELS[name](**COMMON, dtd_dir=tmp_path / "dtd", download_dtd=True)
     for _ in range(2):  # the second must not take what the first has left for granted
         with pytest.raises(RuntimeError, match="File not found or corrupted"):
-            Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(
-                model, datamodule=MVTecAD(root=mvtec_root, category="tiny", num_workers=0)
-            )
+            Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(model, datamodule=data_of(mvtec_root))
         assert fetched
         assert all(url.startswith("https://") for url in fetched)
         fetched.clear()

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from anomalib.data import MVTecAD
+
 from anomalib_cse import Cse, CseGaussian
 
 ANOMALIB = Path(sys.executable).with_name("anomalib")
@@ -17,6 +19,11 @@ COMMON = {
 }
 MODELS = {"Cse": Cse, "CseGaussian": CseGaussian}
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+def data_of(root, **options):
+    """The tiny dataset, read without workers unless they are asked for."""
+    return MVTecAD(root=root, category="tiny", **{"num_workers": 0, **options})
 
 
 def flags(prefix, values):

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset
 
 from ..checks import check_budget_and_seed, check_defects, check_number
-from ..deployment import DeploymentMixin, choose_pre_processor, fixed_size
+from ..deployment import DeploymentMixin, choose_pre_processor
 from ..features import pool
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
 from .centres import image_centres
@@ -200,7 +200,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         check_number("num_centres", self.model.num_centres, f"[1, {pairing.count}]", whole=True)
         if arguments["decoder"] == "pretrained" and self.trainer.ckpt_path is None:
             pretrain(self.decoder, copy.deepcopy(self.embedder), pairing, arguments["learning_rate"])
-        self.caches_validation = pairing.caches and not is_augmented(getattr(self.trainer.datamodule, "val_data", self))  # type: ignore[attr-defined]
+        self.caches_validation = pairing.caches and not is_augmented(getattr(self.trainer.datamodule, "val_data", None))  # type: ignore[attr-defined]
         self.pairing = pairing
 
     @torch.no_grad()
@@ -229,7 +229,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
 
     def on_validation_epoch_start(self) -> None:
         """Deploy the embedder if it is the best yet, so that what is validated and saved is the model to be used."""
-        if self.pairing is not None and not self.trainer.sanity_checking:
+        if self.pairing is not None:
             self.deploy_if_best(self.pairing)
 
     def on_train_epoch_end(self) -> None:
@@ -252,8 +252,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
             self.best_loss.copy_(loss)
             self.model.embedder.load_state_dict(weights)
             self.fit_centres(pairing)
-            deployed = {n: v.cpu() for n, v in self.model.state_dict().items() if not n.startswith("backbone.")}
-            self.model.load_state_dict(self.trainer.strategy.broadcast(deployed), strict=False)
+            self.share_fitted()
 
     def hold_out_loss(self, pairing: Pairing) -> Tensor:
         """Return the mean loss of the held-out pairs, the same ones every epoch; infinity if there are none."""
@@ -276,7 +275,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
             drawn = torch.randperm(pairing.count, generator=generator_for(seed, CLUSTERED))[:MOST_CLUSTERED]
             images = Subset(images, sorted(drawn.tolist()))
         embeddings = torch.cat([self.model.embed(features) for features in pairing.clean_features(images)])
-        self.model.set_centres(image_centres(embeddings, self.model.num_centres, seed), fixed_size(self.pre_processor))
+        self.model.set_centres(image_centres(embeddings, self.model.num_centres, seed), self.image_size)
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
         """Score images ``(B, 3, H, W)``; while fitting from features that are kept."""

@@ -83,7 +83,7 @@ class Pairing:
         images = hold_out.all_images
         self.caches = memory_budget > 0 and images is not None  # a user's own may differ at each reading
         self.defect_free = loader.dataset if images is None else without_augmentations(images)  # held out or not
-        self.caches_training = images is not None and not is_augmented(images)
+        self.caches_training = not is_augmented(images)
         self.loader = loader
         self.transform = transform
         self.kept: list[Pairs] | None = None  # of held-out images
@@ -128,7 +128,10 @@ class Pairing:
         needed = 0
         for pairs in self.new_held_out_pairs():
             needed += pairs.nbytes
-            kept = [*kept, pairs] if needed <= self.cache.room else []
+            if needed <= self.cache.room:
+                kept.append(pairs)
+            else:
+                kept.clear()
             yield pairs
         if kept:
             self.cache.room -= needed

@@ -37,7 +37,7 @@ class ResumingMixin(LightningModule):
         """Note the epoch that a resumed run goes on with."""
         super().on_load_checkpoint(checkpoint)
         self.first_epoch = checkpoint["epoch"] + 1
-        if self.tests_what_was_resumed():
+        if self.resumed_state() is not None:
             checkpoint["callbacks"] = None  # they would name the unfinished checkpoint as the best
 
     def on_train_start(self) -> None:
@@ -68,12 +68,14 @@ class ResumingMixin(LightningModule):
 
     def on_test_start(self) -> None:
         """Test what resuming has given: anomalib's ``train`` then names the unfinished checkpoint that it resumed."""
-        if self.resumed is not None and self.tests_what_was_resumed():
-            self.load_state_dict(self.resumed[1])
+        state = self.resumed_state()
+        if state is not None:
+            self.load_state_dict(state)
         self.resumed = None
 
-    def tests_what_was_resumed(self) -> bool:
-        """Whether the checkpoint under test is the one that the last ``fit`` has resumed."""
+    def resumed_state(self) -> dict[str, Tensor] | None:
+        """Return what resuming the checkpoint under test has given, if it is the one that the last ``fit`` resumed."""
         if self.resumed is None or self.trainer.state.fn != TrainerFn.TESTING:
-            return False
-        return str(self.trainer.ckpt_path) == self.resumed[0]
+            return None
+        checkpoint, state = self.resumed
+        return state if str(self.trainer.ckpt_path) == checkpoint else None

@@ -9,7 +9,7 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_fitted, check_image_size, check_number
+from ..checks import check_number, check_scorable
 from ..features import FrozenBackbone, fuse, pool, resize
 
 
@@ -123,7 +123,5 @@ class CseModel(DynamicBufferMixin):
             RuntimeError: If the centres have not been set.
             ValueError: If the images are of another size.
         """
-        if not torch.compiler.is_compiling():  # an exported graph cannot refuse
-            check_fitted(self.centres)
-            check_image_size(images, self.image_size)
+        check_scorable(images, self.image_size, self.centres)
         return self.score(self.backbone(images), images.shape[-2:])

@@ -54,29 +54,27 @@ def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynth
     """
     model.layer_weights.fill_(torch.nan)  # so that what fails half-way is not taken for fitted
     some, others = sample.halves
-    corrupted = [list(corrupted_features(model, half, synthesis, seed, n)) for n, half in enumerate(sample.halves)]
-    factors = fit_directions(model, sample, chain(*corrupted))
-    mirrored = list(mirrored_features(model, sample.kept, seed))
-    trial = None
-    if sample.has_positions and sum(half.moments[0].weight.max() for half in sample.halves) >= FEWEST_TRIED:
-        clean = list(others.feature_batches())
+    corrupted = list(corrupted_features(model, others, synthesis, seed, 1))  # for the trial too
+    factors = fit_directions(model, sample, chain(corrupted_features(model, some, synthesis, seed, 0), corrupted))
+    model.image_size.copy_(torch.tensor(sample.kept[0].shape[-2:]))
+    mirrored = mirrored_features(model, sample.kept, seed)
+    if not (sample.has_positions and sum(half.moments[0].weight.max() for half in sample.halves) >= FEWEST_TRIED):
         fit_common(model, factors, mirrored)
-        in_common = auroc(model, clean, corrupted[1])
-        fit_own(model, some.moments, factors, some.feature_batches())
-        trial = Trial(in_common, auroc(model, clean, corrupted[1]))
-    if trial is not None and trial.differ:
+        return None
+    fit_own(model, some.moments, factors, some.feature_batches())
+    own = auroc(model, others.feature_batches(), corrupted)
+    fit_common(model, factors, mirrored)
+    trial = Trial(auroc(model, others.feature_batches(), corrupted), own)
+    if trial.differ:
         moments = [a + b for a, b in zip(some.moments, others.moments, strict=True)]
         fit_own(model, moments, factors, chain(some.feature_batches(), others.feature_batches()))
-    else:
-        fit_common(model, factors, mirrored)
-    model.image_size.copy_(torch.tensor(sample.kept[0].shape[-2:]))
     return trial
 
 
 def draw(count: int, images: int, *numbers: int) -> list[int]:
     """Draw so many of the images, none again before all have been drawn; the numbers decide."""
     generator = generator_for(*numbers)
-    rounds = [torch.randperm(images, generator=generator) for _ in range(-(-count // max(1, images)))]
+    rounds = [torch.randperm(images, generator=generator) for _ in range(-(-count // images))]
     return torch.cat(rounds)[:count].tolist()
 
 
@@ -188,8 +186,11 @@ def fit_scales(model: CseGaussianModel, factors: Sequence[Tensor], shown: Iterab
     model.layer_weights.copy_((dimensions / dimensions.sum()).view(1, -1, 1, 1))
 
 
-def auroc(model: CseGaussianModel, clean: Sequence[list[Tensor]], corrupted: Sequence[Corrupted]) -> float:
+def auroc(model: CseGaussianModel, clean: Iterable[list[Tensor]], corrupted: Iterable[Corrupted]) -> float:
     """Return how well a model tells images with synthetic defects from others, by their features."""
-    scores = [image_score(model.joint_distances(features)) for features in (*clean, *(f for f, _ in corrupted))]
-    labels = [torch.zeros(len(features[0])) for features in clean] + [m.flatten(1).any(dim=1) for _, m in corrupted]
-    return float(roc_auc_score(torch.cat([label.cpu() for label in labels]), torch.cat(scores).cpu()))
+    without = ((features, torch.zeros(len(features[0]), 1)) for features in clean)
+    scores, labels = [], []
+    for features, masks in chain(without, corrupted):
+        scores.append(image_score(model.joint_distances(features)))
+        labels.append(masks.flatten(1).any(dim=1).cpu())
+    return float(roc_auc_score(torch.cat(labels), torch.cat(scores).cpu()))

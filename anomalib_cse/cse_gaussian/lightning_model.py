@@ -44,7 +44,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         image_size: Height and width that images are resized to; ``None`` is 256x256.
         center_crop_size: Height and width cropped out of that.
         memory_budget: Most bytes of sums, images and features that are kept of the training images, but 24 images at
-            least; features of 256 corrupted and 96 mirrored ones come on top.
+            least; features of 128 corrupted ones come on top.
         seed: Decides sample and defects, in [0, 2^32); ``None`` takes torch's seed.
         pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
 
@@ -109,11 +109,13 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         """Check the trainer; raise a ``ValueError`` if it cannot fit the model in one epoch."""
         super().setup(stage)
         self.sample = None  # of a fit that broke off
+        if stage != TrainerFn.FITTING:
+            return
         interval, precision = self.trainer.val_check_interval, self.trainer.precision
-        if stage == TrainerFn.FITTING and precision == "16-mixed" and self.trainer.world_size > 1:
+        if precision == "16-mixed" and self.trainer.world_size > 1:
             msg = f"several processes take precision 32-true or bf16-mixed, got {precision}: it needs an optimizer"
             raise ValueError(msg)
-        if stage == TrainerFn.FITTING and interval != 1.0:
+        if interval != 1.0:
             msg = f"the model is fitted after a whole epoch: leave val_check_interval at 1.0, got {interval}"
             raise ValueError(msg)
 
@@ -166,5 +168,4 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
                     f"{trial.in_common:.3f} with one covariance for all positions, of {trial.own:.3f} with their own. "
                     f"They get {'their own' if trial.differ else 'one for all'}."
                 )
-        fitted = {n: v.cpu() for n, v in self.model.state_dict().items() if not n.startswith("backbone.")}
-        self.model.load_state_dict(strategy.broadcast(fitted), strict=False)
+        self.share_fitted()

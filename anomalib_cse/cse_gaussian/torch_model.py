@@ -14,7 +14,7 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_fitted, check_image_size, check_number
+from ..checks import check_number, check_scorable
 from ..features import FrozenBackbone, fuse, pool, resize
 
 FINEST = 8  # stride of the finest map; finer layers are pooled to it
@@ -146,8 +146,6 @@ class CseGaussianModel(DynamicBufferMixin):
             RuntimeError: If the maps have not been fitted.
             ValueError: If the images are of another size.
         """
-        if not torch.compiler.is_compiling():  # an exported graph cannot refuse
-            check_fitted(self.layer_weights)
-            check_image_size(images, self.image_size)
+        check_scorable(images, self.image_size, self.layer_weights)
         joint = self.joint_distances(self.smoothed_features(images))
         return InferenceBatch(pred_score=image_score(joint), anomaly_map=resize(joint, images.shape[-2:]))

@@ -96,9 +96,9 @@ class FileCheck(Callback):
         datasets = [data] if data is not None else []
         datasets += [dataset for loaders in used for dataset in datasets_of(loaders)]
         files = dict.fromkeys(path for dataset in datasets for path in files_of(dataset))
-        for reason in filter(None, map(reason_unreadable, files)):
+        reason = next(filter(None, map(reason_unreadable, files)), "")
+        if reason:
             exception.add_note(reason)
-            return
 
 
 def datasets_of(loaders: object) -> Iterator[Dataset]:

@@ -16,7 +16,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class DeploymentMixin(ExportMixin, LightningModule):
     """
 
     pre_processor: nn.Module | None
+    image_size: tuple[int, int]  # height and width of what the pre-processor leaves of any image
     shaping: tuple[str, ...]  # arguments that a checkpoint must agree in, beside backbone and layers
     seed: int | None
 
@@ -71,7 +72,7 @@ class DeploymentMixin(ExportMixin, LightningModule):
         return resize_and_crop(image_size)
 
     def configure_post_processor(self) -> PostProcessor:
-        """Return anomalib's, but the image threshold is none of the validation images' scores."""
+        """Return anomalib's post-processor, but with an image threshold between two validation images' scores."""
         return MidwayPostProcessor()
 
     def configure_callbacks(self) -> list[Callback]:
@@ -85,8 +86,9 @@ class DeploymentMixin(ExportMixin, LightningModule):
         Raises:
             ValueError: If images of different sizes leave it with different sizes, or too small.
         """
+        self.image_size = fixed_size(self.pre_processor)
         name = "center_crop_size" if self.hparams["center_crop_size"] else "image_size"
-        check_size(name, fixed_size(self.pre_processor), self.backbone.stride, ", the stride of the coarsest layer")
+        check_size(name, self.image_size, self.backbone.stride, ", the stride of the coarsest layer")
         if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform:
             self.pre_processor.export_transform = exact(self.pre_processor.transform)
 
@@ -104,36 +106,24 @@ class DeploymentMixin(ExportMixin, LightningModule):
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())  # type: ignore[operator]
         # Lightning leaves the callbacks of an earlier model in the trainer, where they would process this one's images,
         # and adds this one's own once more if another model came in between
-        own = self.configure_callbacks()
+        own = (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)
         kinds = (PreProcessor, PostProcessor, Evaluator, Visualizer)
         kept = [c for c in trainer.callbacks if c in own or not isinstance(c, kinds)]  # type: ignore[attr-defined]
         trainer.callbacks[:] = dict.fromkeys(kept)  # type: ignore[attr-defined]
         if stage != TrainerFn.FITTING:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, AnomalibDataModule) and not len(data.train_data):
-            msg = f"{data.name} finds no training images of a kind that it reads: give defect-free ones"
-            raise ValueError(msg)
-        if isinstance(data, AnomalibDataModule) and trainer.limit_val_batches and not getattr(data, "val_data", None):
-            msg = (
-                f"{data.name} has no validation images, from which thresholds come (val_split_mode is "
-                f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
-            )
-            raise ValueError(msg)
-        if trainer.num_sanity_val_steps and trainer.limit_val_batches:
-            msg = "nothing is fitted before training: set num_sanity_val_steps to 0, as anomalib's Engine does"
-            raise ValueError(msg)
-        if trainer.limit_val_batches and 0 <= (trainer.max_epochs or 0) < (trainer.check_val_every_n_epoch or 0):
-            msg = (
-                f"no epoch of {trainer.max_epochs} would be validated, which thresholds come from: set "
-                f"check_val_every_n_epoch, now {trainer.check_val_every_n_epoch}, to at most that"
-            )
-            raise ValueError(msg)
+        check_images(trainer)
+        check_validation(trainer)
         if trainer.ckpt_path is None and trainer.max_steps != -1 and trainer.global_step:
             msg = f"this trainer has made {trainer.global_step} steps of its max_steps: take a new Engine"
             raise ValueError(msg)
         # or the epochs of an earlier model would count as this one's; a checkpoint to resume is read after this
         trainer.fit_loop.epoch_progress.reset()
+
+    def share_fitted(self) -> None:
+        """Give every process what the first one has fitted: the deployed model but for its backbone, which all have."""
+        fitted = {n: v.cpu() for n, v in self.model.state_dict().items() if not n.startswith("backbone.")}
+        self.model.load_state_dict(self.trainer.strategy.broadcast(fitted), strict=False)
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
         """Score images ``(B, 3, H, W)``, known by ``paths``."""
@@ -177,14 +167,13 @@ class DeploymentMixin(ExportMixin, LightningModule):
         arguments = {name: self.hparams[name] for name in self.shaping}
         arguments |= {"backbone": self.backbone.architecture, "layers": self.backbone.levels}
         check_checkpoint(checkpoint, type(self), arguments)
-        asked_for = fixed_size(self.pre_processor)
+        asked_for = self.image_size
         super().on_load_checkpoint(checkpoint)
         self.make_exportable()
-        trained = fixed_size(self.pre_processor)
-        if trained != asked_for and (self.hparams["image_size"] or self.hparams["center_crop_size"]):
+        if self.image_size != asked_for and (self.hparams["image_size"] or self.hparams["center_crop_size"]):
             msg = (
-                f"the checkpoint is of images of {trained} pixels, image_size and center_crop_size of the model give "
-                f"{asked_for}: give --model.image_size as in training, or neither"
+                f"the checkpoint is of images of {self.image_size} pixels, image_size and center_crop_size of the "
+                f"model give {asked_for}: give --model.image_size as in training, or neither"
             )
             raise ValueError(msg)
 
@@ -237,3 +226,34 @@ class DeploymentMixin(ExportMixin, LightningModule):
             compress(path, compression_type, datamodule)
         keep_single_precision(path, only_before_convolution=compression_type is not None)
         return path
+
+
+def check_images(trainer: Trainer) -> None:
+    """Raise a ``ValueError`` if anomalib's datamodule has no images to train with, or none to validate with."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, AnomalibDataModule):
+        return
+    if not len(data.train_data):
+        msg = f"{data.name} finds no training images of a kind that it reads: give defect-free ones"
+        raise ValueError(msg)
+    if trainer.limit_val_batches and not getattr(data, "val_data", None):
+        msg = (
+            f"{data.name} has no validation images, from which thresholds come (val_split_mode is "
+            f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
+        )
+        raise ValueError(msg)
+
+
+def check_validation(trainer: Trainer) -> None:
+    """Raise a ``ValueError`` if a trainer would validate before a model is fitted, or never."""
+    if not trainer.limit_val_batches:
+        return
+    if trainer.num_sanity_val_steps:
+        msg = "nothing is fitted before training: set num_sanity_val_steps to 0, as anomalib's Engine does"
+        raise ValueError(msg)
+    if 0 <= (trainer.max_epochs or 0) < (trainer.check_val_every_n_epoch or 0):
+        msg = (
+            f"no epoch of {trainer.max_epochs} would be validated, which thresholds come from: set "
+            f"check_val_every_n_epoch, now {trainer.check_val_every_n_epoch}, to at most that"
+        )
+        raise ValueError(msg)

@@ -80,7 +80,7 @@ def choose_pre_processor(
     center_crop_size: Sequence[int] | None,
     papers_crop: tuple[int, int] | None = None,
 ) -> nn.Module | bool:
-    """Return the given pre-processor, or for ``True`` one by the sizes, or ``papers_crop`` if there are none.
+    """Return the pre-processor that a user gave, or for ``True`` one of the sizes given, by default ``papers_crop``.
 
     Raises:
         ValueError: If sizes are given beside a pre-processor, or are none.

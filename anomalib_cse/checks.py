@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+OVERSHOOT = 0.2  # how far bicubic resizing, which users' transforms may do, leaves [0, 1]
+
 
 def is_within(value: object, interval: str, *, whole: bool = False) -> bool:
     """Whether ``value`` is a number, or a whole one, in an interval written as in mathematics: ``"[0, 1)"``."""
@@ -36,6 +38,40 @@ def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         msg = f"{name} must be True or False, got {value!r}"
         raise ValueError(msg)
+
+
+def check_pixels(images: Tensor, names: Sequence[object] | None = None, *, slack: float = OVERSHOOT) -> None:
+    """Raise a ``ValueError`` unless ``images`` are ``(B, 3, H, W)`` of floats in [0, 1]; an exported graph cannot.
+
+    Args:
+        images: What is taken for images.
+        names: What to call each of them, such as its path; else it has a number.
+        slack: How far pixels may be outside the range.
+    """
+    if torch.compiler.is_compiling():
+        return
+    wanted = "images must be (B, 3, height, width) of floats in [0, 1]"
+    if images.dim() != 4 or images.shape[1] != 3:
+        msg = f"{wanted}, got the shape {tuple(images.shape)}: grey ones need three channels, a single one images[None]"
+        raise ValueError(msg)
+    if not images.is_floating_point() or images.dtype == torch.float64:
+        msg = f"{wanted}, of single precision at most, got {images.dtype}: divide 0..255 by 255, call .float()"
+        raise ValueError(msg)
+    if not images.numel():
+        msg = f"{wanted}, got none: shape {tuple(images.shape)}"
+        raise ValueError(msg)
+    low, high = images.aminmax()
+    if low >= -slack and high <= 1 + slack:  # neither is true of NaN
+        return
+    for number, image in enumerate(images):
+        low, high = image.aminmax()
+        if not (low >= -slack and high <= 1 + slack):
+            name = names[number] if names else f"image {number} of the batch"
+            found = f"pixels in [{low:.4g}, {high:.4g}]" if low <= high else "pixels that are NaN"
+            msg = (
+                f"{wanted}, {name} has {found}: divide 0..255 by 255, leave Normalize out, which the model does itself"
+            )
+            raise ValueError(msg)
 
 
 def check_scorable(images: Tensor, fitted_to: Tensor, fitted: Tensor) -> None:

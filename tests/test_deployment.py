@@ -74,7 +74,7 @@ def test_resizing_of_large_and_narrow_images_equals_torchvisions(size):
 @pytest.mark.parametrize("own", [True, False], ids=["of the arguments", "of the user"])
 def test_pre_processing_is_torchvisions_within_the_trainer_and_outside(own, name):
     crop = Compose([Resize((64, 64), antialias=True), CenterCrop((48, 40))])
-    transform = Compose([*crop.transforms, Normalize([0.5] * 3, [0.2] * 3)]) if own else crop
+    transform = Compose([*crop.transforms, Normalize([0.0] * 3, [1.2] * 3)]) if own else crop
     sizes = {"image_size": (64, 64), "center_crop_size": (48, 40)}
     model = MODELS[name](**UNSIZED, **({"pre_processor": PreProcessor(transform)} if own else sizes))
     batch = ImageBatch(image=torch.rand(2, 3, 200, 150))

@@ -18,7 +18,7 @@ MAY_KNOW = {
     "deployment": {"data", "features", "checks"},
     "features": {"checks"},
     "synthesis": {"checks"},
-    "data": set(),
+    "data": {"checks"},
 }
 LIBRARIES = {"torch", "torchvision", "timm", "kornia", "PIL", "numpy", *sys.stdlib_module_names}
 

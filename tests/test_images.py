@@ -140,15 +140,6 @@ def test_images_of_the_users_own_train_and_have_scores(options, create, tmp_path
     assert scores.isfinite().all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_pixels_that_are_no_numbers_are_refused(value, fitted, dtd, tmp_path):
-    with pytest.raises(ValueError, match=r"no finite score for 3\.raw: it holds NaN or infinite pixels"):
-        engine(tmp_path).predict(fitted, dataloaders=loader(Subset(Own(value), [3])))
-    model = type(fitted)(**COMMON, dtd_dir=str(dtd), **({"holdout_ratio": 0} if isinstance(fitted, Cse) else {}))
-    with pytest.raises((ValueError, RuntimeError), match="NaN or infinite"):
-        engine(tmp_path).fit(model, train_dataloaders=loader(Own(value), batch_size=2))
-
-
 UNREADABLE = ("truncated_whole.png", "truncated_whole.jpg", "empty.png", "text.png")
 
 

@@ -1,6 +1,6 @@
 """The share of the training images that the embedder is chosen by (Section 4.1)."""
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, cast
 
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
@@ -31,23 +31,20 @@ class HoldOut(Callback):
         self.training: AnomalibDataset | None = None  # those of them that train
         self.held_out: AnomalibDataset | None = None
 
-    def is_of(self, pl_module: LightningModule) -> TypeGuard["Cse"]:
-        """Whether this is the callback of a model: Lightning leaves it in the trainer for those that come after."""
-        return getattr(pl_module, "hold_out", None) is self
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hold images out.
 
         Raises:
             ValueError: If there is no datamodule to hold them out of, or there are too few images.
         """
-        if stage != TrainerFn.FITTING or not self.is_of(pl_module):
+        if stage != TrainerFn.FITTING:
             return
-        pl_module.fit_seed.fill_(trainer.strategy.broadcast(pl_module.effective_seed))
+        model = cast("Cse", pl_module)
+        model.fit_seed.fill_(trainer.strategy.broadcast(model.effective_seed))
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, AnomalibDataModule):
             self.all_images = data.train_data
-            self.split(data, int(pl_module.fit_seed))
+            self.split(data, int(model.fit_seed))
         elif self.ratio:
             msg = "Cse holds out images of an anomalib datamodule: give one (datamodule=), or set holdout_ratio to 0"
             raise ValueError(msg)
@@ -71,18 +68,19 @@ class HoldOut(Callback):
         Raises:
             ValueError: If another seed is asked for.
         """
-        if trainer.state.fn != TrainerFn.FITTING or not self.is_of(pl_module):
+        if trainer.state.fn != TrainerFn.FITTING:
             return
-        begun_with = int(checkpoint["state_dict"]["fit_seed"])
-        if pl_module.seed not in (None, begun_with):
-            msg = f"the run to resume was begun with seed {begun_with}, not {pl_module.seed}: give that one or none"
+        begun_with, seed = int(checkpoint["state_dict"]["fit_seed"]), cast("Cse", pl_module).seed
+        if seed not in (None, begun_with):
+            msg = f"the run to resume was begun with seed {begun_with}, not {seed}: give that one or none"
             raise ValueError(msg)
         self.split(trainer.datamodule, begun_with)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise a ``ValueError`` if other images train than those that are left in the datamodule."""
+        del pl_module
         images = getattr(trainer.train_dataloader, "dataset", None)
-        if self.is_of(pl_module) and self.training is not None and images is not self.training:
+        if self.training is not None and images is not self.training:
             msg = "the trainer still has the datamodule of an earlier fit: take a new Engine to fit with dataloaders"
             raise ValueError(msg)
 
@@ -101,5 +99,5 @@ class HoldOut(Callback):
         """Give the images back when ``fit`` breaks off: Lightning then calls no ``teardown``."""
         del exception
         self.give_back(trainer)
-        if self.is_of(pl_module):
-            pl_module.pairing, pl_module.scores_changed = None, True
+        model = cast("Cse", pl_module)
+        model.pairing, model.scores_changed = None, True

@@ -124,6 +124,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         self.make_exportable()
         self.loss = CseLoss(contrast_weight)
         self.hold_out = HoldOut(holdout_ratio)
+        self.logged = ("train_loss", "val_loss") if holdout_ratio else ("train_loss",)
         self.register_buffer("best_loss", torch.tensor(torch.inf))
         self.register_buffer("fit_seed", torch.tensor(self.effective_seed))
         self.pairing: Pairing | None = None  # while fitting
@@ -162,9 +163,9 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         if self.hparams["download_dtd"] and self.trainer.state.fn == TrainerFn.FITTING:
             download_textures(self.hparams["dtd_dir"])
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Return anomalib's callbacks, and the one that holds images out."""
-        return [self.hold_out, *super().configure_callbacks()]
+    def own_callbacks(self) -> list[Callback]:
+        """Return both models' callbacks, and the one that holds images out."""
+        return [self.hold_out, *super().own_callbacks()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam with a one-cycle schedule over the steps there are (Section 4.1); they must have an end."""

@@ -94,14 +94,7 @@ class Pairing:
         return len(self.defect_free)  # type: ignore[arg-type]
 
     def training_pairs(self, images: Tensor, paths: Sequence[str] | None, *numbers: int) -> Pairs:
-        """Pair the images ``(B, 3, H, W)`` of a training step, which the numbers tell from all others.
-
-        Raises:
-            ValueError: If a pixel is not finite.
-        """
-        if not images.isfinite().all():
-            msg = f"NaN or infinite pixels in one of the training images {', '.join(paths or ['of a batch'])}"
-            raise ValueError(msg)
+        """Pair the images ``(B, 3, H, W)`` of a training step, which the numbers tell from all others."""
         clean = self.features_of(images, paths if self.caches_training else None)
         return self.pair(images, clean, generator_for(self.seed, TRAIN, *numbers))
 

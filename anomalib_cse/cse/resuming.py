@@ -62,6 +62,7 @@ class ResumingMixin(LightningModule):
 
     def on_fit_end(self) -> None:
         """Keep what resuming has given."""
+        super().on_fit_end()
         if self.trainer.ckpt_path is not None:
             state = {name: value.clone() for name, value in self.state_dict().items()}
             self.resumed = str(self.trainer.ckpt_path), state

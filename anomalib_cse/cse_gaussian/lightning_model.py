@@ -121,6 +121,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
 
     def on_fit_start(self) -> None:
         """Seed torch's global random numbers, from which dataloaders draw the order of images."""
+        super().on_fit_start()
         torch.manual_seed(self.effective_seed)
 
     def on_train_start(self) -> None:

@@ -1,15 +1,20 @@
-"""Images and masks that cannot be read, or not as they are, called by the name of their file."""
+"""Images and masks that cannot be read, or not as they are, called by the name of their file; images that are none."""
 
 import warnings
 from collections.abc import Iterator
 from traceback import walk_tb
+from typing import Any, cast
 
+from anomalib.data import ImageBatch
 from anomalib.data.utils import read_image
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from PIL import Image
 from rich.progress import track
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..checks import check_pixels
 
 
 def files_of(dataset: object) -> list[str]:
@@ -58,8 +63,34 @@ def warn_of_depth(dataset: Dataset | None) -> None:
             )
 
 
-class FileCheck(Callback):
-    """Name the file that cannot be read: those for validation before training, any other when reading it has failed."""
+def check_batch(batch: object) -> None:
+    """Raise a ``ValueError`` unless a batch, before anything is done to it, is of images in [0, 1]."""
+    if not isinstance(batch, ImageBatch):
+        msg = f"dataloaders must give anomalib's ImageBatch, got {type(batch).__name__}: see ImageBatch.collate"
+        raise ValueError(msg)
+    check_pixels(cast(Tensor, batch.image), batch.image_path)
+
+
+class ImageCheck(Callback):
+    """Name files that cannot be read, those for validation before training, and images that are none.
+
+    It has to come before the pre-processor.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Check the images of a training batch."""
+        del trainer, pl_module, batch_idx
+        check_batch(batch)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Check the images of a batch to score."""
+        del trainer, pl_module, batch_idx, dataloader_idx
+        check_batch(batch)
+
+    on_test_batch_start = on_validation_batch_start
+    on_predict_batch_start = on_validation_batch_start
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read all validation files, so that a broken one does not end a training of hours."""

@@ -1,6 +1,6 @@
 """What both models share on their way from training to deployment."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -10,26 +10,32 @@ from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch, InferenceBatch
 from anomalib.deploy import CompressionType
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
-from anomalib.metrics import Evaluator
+from anomalib.metrics import AnomalibMetric, Evaluator
 from anomalib.models.components.base.export_mixin import ExportMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
 from ..checks import check_size
-from ..data import FileCheck
+from ..data import ImageCheck
 from ..features import FrozenBackbone
 from .checkpoints import WholeCheckpointIO, check_checkpoint
 from .export import check_compression, compress, keep_single_precision
 from .post_processing import MidwayPostProcessor
-from .pre_processing import check_exportable, exact, fixed_size, resize_and_crop
-
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+from .pre_processing import check_exportable, check_keeps_range, exact, fixed_size, resize_and_crop
+from .trainer import (
+    OwnCallbacks,
+    check_augmentations,
+    check_callbacks,
+    check_images,
+    check_trainer,
+    check_validation,
+    take_out_others,
+)
 
 
 class DeploymentMixin(ExportMixin, LightningModule):
@@ -43,6 +49,8 @@ class DeploymentMixin(ExportMixin, LightningModule):
     image_size: tuple[int, int]  # height and width of what the pre-processor leaves of any image
     shaping: tuple[str, ...]  # arguments that a checkpoint must agree in, beside backbone and layers
     seed: int | None
+    logged: tuple[str, ...] = ()  # what a fit logs, which callbacks may wait for
+    frozen: dict[str, Tensor] | None = None  # the backbone's weights, while fitting
 
     @property
     def backbone(self) -> FrozenBackbone:
@@ -75,18 +83,25 @@ class DeploymentMixin(ExportMixin, LightningModule):
         """Return anomalib's post-processor, but with an image threshold between two validation images' scores."""
         return MidwayPostProcessor()
 
+    def own_callbacks(self) -> list[Callback]:
+        """Return what processes this model's images and scores, and no other's."""
+        components: tuple[object, ...] = (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)
+        return [ImageCheck(), *(c for c in components if isinstance(c, Callback))]
+
     def configure_callbacks(self) -> list[Callback]:
-        """Return anomalib's callbacks, and one that names files that cannot be read."""
-        callbacks = super().configure_callbacks()
-        return [FileCheck(), *(callbacks if isinstance(callbacks, list) else [callbacks])]
+        """Return anomalib's callbacks, and what names files that cannot be read, and takes all out at the end."""
+        own = self.own_callbacks()
+        return [OwnCallbacks(own), *own]
 
     def make_exportable(self) -> None:
         """Have the pre-processor compute the same outside the trainer as within.
 
         Raises:
-            ValueError: If images of different sizes leave it with different sizes, or too small.
+            ValueError: If images of different sizes leave it with different sizes, or too small, or not in [0, 1].
         """
         self.image_size = fixed_size(self.pre_processor)
+        transform = cast(nn.Module, getattr(self.pre_processor, "transform", None))  # without one, sizes vary
+        check_keeps_range(transform, "the pre_processor's transform")
         name = "center_crop_size" if self.hparams["center_crop_size"] else "image_size"
         check_size(name, self.image_size, self.backbone.stride, ", the stride of the coarsest layer")
         if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform:
@@ -98,27 +113,38 @@ class DeploymentMixin(ExportMixin, LightningModule):
         Raises:
             ValueError: If images to train or validate with are missing, or the trainer's precision or steps do not do.
         """
-        trainer = self.trainer
-        if trainer.precision not in PRECISIONS:
-            msg = f"precision must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, got {trainer.precision}"
-            raise ValueError(msg)
+        trainer, self.frozen = self.trainer, None
+        check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())  # type: ignore[operator]
-        # Lightning leaves the callbacks of an earlier model in the trainer, where they would process this one's images,
-        # and adds this one's own once more if another model came in between
-        own = (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)
-        kinds = (PreProcessor, PostProcessor, Evaluator, Visualizer)
-        kept = [c for c in trainer.callbacks if c in own or not isinstance(c, kinds)]  # type: ignore[attr-defined]
-        trainer.callbacks[:] = dict.fromkeys(kept)  # type: ignore[attr-defined]
+        take_out_others(trainer, self.own_callbacks())
+        check_augmentations(trainer)
         if stage != TrainerFn.FITTING:
             return
+        evaluator = cast(Evaluator | None, self.evaluator)
+        metrics = cast(Iterable[AnomalibMetric], evaluator.val_metrics if evaluator else ())
+        check_callbacks(trainer, {*self.logged, *(metric.name for metric in metrics)})
         check_images(trainer)
         check_validation(trainer)
-        if trainer.ckpt_path is None and trainer.max_steps != -1 and trainer.global_step:
-            msg = f"this trainer has made {trainer.global_step} steps of its max_steps: take a new Engine"
-            raise ValueError(msg)
         # or the epochs of an earlier model would count as this one's; a checkpoint to resume is read after this
         trainer.fit_loop.epoch_progress.reset()
+
+    def on_fit_start(self) -> None:
+        """Note the weights of the backbone, that nothing may change."""
+        self.frozen = {name: value.clone() for name, value in self.backbone.state_dict().items()}
+
+    def on_fit_end(self) -> None:
+        """Check that the backbone is what it was."""
+        self.check_frozen()
+        self.frozen = None
+
+    def check_frozen(self) -> None:
+        """Raise a ``RuntimeError`` if something has changed the backbone while fitting."""
+        now = self.backbone.state_dict()
+        if self.frozen is not None and not all(torch.equal(now[name], old) for name, old in self.frozen.items()):
+            names = ", ".join(type(callback).__name__ for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+            msg = f"the frozen backbone has changed while fitting, the model is none: one of the callbacks ({names})?"
+            raise RuntimeError(msg)
 
     def share_fitted(self) -> None:
         """Give every process what the first one has fitted: the deployed model but for its backbone, which all have."""
@@ -152,7 +178,12 @@ class DeploymentMixin(ExportMixin, LightningModule):
         return self.validation_step(batch, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the backbone by its architecture: its weights are in the checkpoint, so loading needs no others."""
+        """Describe the backbone by its architecture: its weights are in the checkpoint, so loading needs no others.
+
+        Raises:
+            RuntimeError: If something has changed the backbone while fitting.
+        """
+        self.check_frozen()
         super().on_save_checkpoint(checkpoint)
         backbone = self.backbone
         own = {"backbone": backbone.architecture, "layers": backbone.levels, "pre_trained": False, "weights": None}
@@ -226,34 +257,3 @@ class DeploymentMixin(ExportMixin, LightningModule):
             compress(path, compression_type, datamodule)
         keep_single_precision(path, only_before_convolution=compression_type is not None)
         return path
-
-
-def check_images(trainer: Trainer) -> None:
-    """Raise a ``ValueError`` if anomalib's datamodule has no images to train with, or none to validate with."""
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, AnomalibDataModule):
-        return
-    if not len(data.train_data):
-        msg = f"{data.name} finds no training images of a kind that it reads: give defect-free ones"
-        raise ValueError(msg)
-    if trainer.limit_val_batches and not getattr(data, "val_data", None):
-        msg = (
-            f"{data.name} has no validation images, from which thresholds come (val_split_mode is "
-            f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
-        )
-        raise ValueError(msg)
-
-
-def check_validation(trainer: Trainer) -> None:
-    """Raise a ``ValueError`` if a trainer would validate before a model is fitted, or never."""
-    if not trainer.limit_val_batches:
-        return
-    if trainer.num_sanity_val_steps:
-        msg = "nothing is fitted before training: set num_sanity_val_steps to 0, as anomalib's Engine does"
-        raise ValueError(msg)
-    if 0 <= (trainer.max_epochs or 0) < (trainer.check_val_every_n_epoch or 0):
-        msg = (
-            f"no epoch of {trainer.max_epochs} would be validated, which thresholds come from: set "
-            f"check_val_every_n_epoch, now {trainer.check_val_every_n_epoch}, to at most that"
-        )
-        raise ValueError(msg)

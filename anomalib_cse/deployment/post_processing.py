@@ -28,10 +28,7 @@ class MidwayThreshold(F1AdaptiveThreshold):
 
 
 class MidwayPostProcessor(PostProcessor):
-    """anomalib's post-processor, with an image threshold halfway between two scores; it takes the same arguments.
-
-    It minds its own model alone: Lightning leaves a model's callbacks in the trainer for the models that come after.
-    """
+    """anomalib's post-processor, with an image threshold halfway between two scores; it takes the same arguments."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -40,15 +37,5 @@ class MidwayPostProcessor(PostProcessor):
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Note scores for the thresholds, unless the model says that they are those of the last validation."""
-        if pl_module.post_processor is self and getattr(pl_module, "scores_changed", True):
+        if getattr(pl_module, "scores_changed", True):
             super().on_validation_batch_end(trainer, pl_module, *args, **kwargs)
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Normalise and threshold the scores of a test batch."""
-        if pl_module.post_processor is self:
-            super().on_test_batch_end(trainer, pl_module, *args, **kwargs)
-
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Normalise and threshold the scores of a batch."""
-        if pl_module.post_processor is self:
-            super().on_predict_batch_end(trainer, pl_module, *args, **kwargs)

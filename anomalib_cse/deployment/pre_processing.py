@@ -8,8 +8,10 @@ from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
 
-from ..checks import check_size
+from ..checks import check_pixels, check_size
 from ..features import resize
+
+ROUNDING = 1e-3  # how far arithmetic may leave [0, 1]
 
 
 class ExactResize(nn.Module):
@@ -93,6 +95,18 @@ def choose_pre_processor(
         msg = "image_size and center_crop_size describe the model's own pre-processor: give them or a pre_processor"
         raise ValueError(msg)
     return given
+
+
+def check_keeps_range(transform: nn.Module, role: str) -> None:
+    """Raise a ``ValueError`` unless a transform, of a ``role``, makes images in [0, 1] of a black and a white one."""
+    for grey in (0.0, 1.0):
+        with torch.random.fork_rng(devices=[]):  # augmentations draw
+            image = transform(torch.full((1, 3, 600, 800), grey))
+        try:
+            check_pixels(image, slack=ROUNDING)  # of one grey, resizing leaves it as it is
+        except ValueError as error:
+            msg = f"{role} {transform} does not leave images as they are taken: {error}"
+            raise ValueError(msg) from error
 
 
 def fixed_size(pre_processor: nn.Module | None) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from timm.layers import Format
 from torch import Tensor, nn
 
-from ..checks import check_flag
+from ..checks import check_flag, check_pixels
 from .weights import (
     LOCAL,
     PYPI_BACKBONE,
@@ -87,7 +87,12 @@ class FrozenBackbone(nn.Module):
         return super().train(mode=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the features of ``images`` ``(B, 3, H, W)`` in [0, 1], of each layer ``(B, C, h, w)``."""
+        """Return the features of ``images`` ``(B, 3, H, W)`` in [0, 1], of each layer ``(B, C, h, w)``.
+
+        Raises:
+            ValueError: If that is not what the images are.
+        """
+        check_pixels(images)
         return self.net((images - self.mean) / self.std)
 
 

@@ -1,0 +1,127 @@
+"""What of a trainer the models work with: its arguments, the callbacks in it, and the data that it brings."""
+
+from collections.abc import Iterable, Sequence
+
+from anomalib.data import AnomalibDataModule
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+from .pre_processing import check_keeps_range
+
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+COMPONENTS = (PreProcessor, PostProcessor, Evaluator, Visualizer)  # that are callbacks too
+REWRITING = (BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging)
+
+
+class OwnCallbacks(Callback):
+    """Take a model's callbacks out of the trainer when it is done, where Lightning leaves them for the next model.
+
+    There they would process another model's images and scores.
+
+    Args:
+        callbacks: Those of the model.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = callbacks
+
+    def take_out(self, trainer: Trainer) -> None:
+        """Leave the trainer the other callbacks."""
+        own = {id(callback) for callback in (self, *self.callbacks)}
+        # a new list: Lightning is going through the old one
+        trainer.callbacks = [c for c in trainer.callbacks if id(c) not in own]  # type: ignore[attr-defined]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take them out at a regular end."""
+        del pl_module, stage
+        self.take_out(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take them out when a run breaks off: Lightning then calls no ``teardown``."""
+        del pl_module, exception
+        self.take_out(trainer)
+
+
+def take_out_others(trainer: Trainer, own: Iterable[Callback]) -> None:
+    """Take out of a trainer what earlier models have left there, such as anomalib's own; keep what is in ``own``."""
+    kept = {id(callback) for callback in own}
+    callbacks = [c for c in trainer.callbacks if id(c) in kept or not isinstance(c, COMPONENTS)]  # type: ignore[attr-defined]
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise a ``ValueError`` if a trainer has a precision that the models are not made for."""
+    if trainer.precision not in PRECISIONS:
+        msg = f"precision must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, got {trainer.precision}"
+        raise ValueError(msg)
+
+
+def check_callbacks(trainer: Trainer, logged: Iterable[str]) -> None:
+    """Raise a ``ValueError`` if a callback would write to frozen weights, or waits for what is not among ``logged``."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if isinstance(callback, REWRITING):
+            msg = f"callback {name} would rewrite or train weights that are frozen: take it out"
+            raise ValueError(msg)
+        monitored = getattr(callback, "monitor", None)
+        strict = isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict)
+        if strict and monitored is not None and monitored not in logged:
+            msg = (
+                f"callback {name} monitors {monitored!r}, which is not logged while fitting; there is "
+                f"{', '.join(sorted(logged)) or 'nothing'}, and what the model's evaluator has as val_metrics"
+            )
+            raise ValueError(msg)
+
+
+def check_images(trainer: Trainer) -> None:
+    """Raise a ``ValueError`` if anomalib's datamodule has no images to train with, or none to validate with."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, AnomalibDataModule):
+        return
+    if not len(data.train_data):
+        msg = f"{data.name} finds no training images of a kind that it reads: give defect-free ones"
+        raise ValueError(msg)
+    if trainer.limit_val_batches and not getattr(data, "val_data", None):
+        msg = (
+            f"{data.name} has no validation images, from which thresholds come (val_split_mode is "
+            f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
+        )
+        raise ValueError(msg)
+
+
+def check_augmentations(trainer: Trainer) -> None:
+    """Raise a ``ValueError`` if augmentations of a datamodule leave no images in [0, 1], as ``Normalize`` does."""
+    data = getattr(trainer, "datamodule", None)
+    for name in ("train", "val", "test"):
+        augmentations = getattr(getattr(data, f"{name}_data", None), "augmentations", None)
+        if augmentations is not None:
+            check_keeps_range(augmentations, f"the {name} augmentations")
+
+
+def check_validation(trainer: Trainer) -> None:
+    """Raise a ``ValueError`` if a trainer would validate before a model is fitted, or never."""
+    if trainer.ckpt_path is None and trainer.max_steps != -1 and trainer.global_step:
+        msg = f"this trainer has made {trainer.global_step} steps of its max_steps: take a new Engine"
+        raise ValueError(msg)
+    if not trainer.limit_val_batches:
+        return
+    if trainer.num_sanity_val_steps:
+        msg = "nothing is fitted before training: set num_sanity_val_steps to 0, as anomalib's Engine does"
+        raise ValueError(msg)
+    if 0 <= (trainer.max_epochs or 0) < (trainer.check_val_every_n_epoch or 0):
+        msg = (
+            f"no epoch of {trainer.max_epochs} would be validated, which thresholds come from: set "
+            f"check_val_every_n_epoch, now {trainer.check_val_every_n_epoch}, to at most that"
+        )
+        raise ValueError(msg)

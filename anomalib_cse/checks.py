@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -74,13 +75,22 @@ def check_pixels(images: Tensor, names: Sequence[object] | None = None, *, slack
             raise ValueError(msg)
 
 
-def check_scorable(images: Tensor, fitted_to: Tensor, fitted: Tensor) -> None:
+class Fittable(Protocol):
+    """A model whose buffers tell what it is fitted to."""
+
+    image_size: Tensor  # height and width of the training images (2,)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it can score."""
+
+
+def check_scorable(model: Fittable, images: Tensor) -> None:
     """Refuse to score with a model that is not fitted, or images that it is not fitted to; an exported graph cannot.
 
     Args:
+        model: The torch model.
         images: ``(B, 3, H, W)``.
-        fitted_to: Height and width of the training images ``(2,)``.
-        fitted: What is NaN until the model is fitted.
 
     Raises:
         RuntimeError: If the model is not fitted.
@@ -88,13 +98,13 @@ def check_scorable(images: Tensor, fitted_to: Tensor, fitted: Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if fitted.isnan().any():
+    if not model.is_fitted:
         msg = (
             "the model is not fitted: train it, or give the checkpoint of a run that has been validated at least once "
             "(ckpt_path)"
         )
         raise RuntimeError(msg)
-    found, wanted = tuple(images.shape[-2:]), tuple(fitted_to.tolist())
+    found, wanted = tuple(images.shape[-2:]), tuple(model.image_size.tolist())
     if found != wanted:
         msg = f"images must be {wanted} pixels high and wide, as in training, got {found}: resize them"
         raise ValueError(msg)

@@ -243,7 +243,8 @@ def test_default_is_the_papers_100_epochs(trainer, epochs, steps, mvtec_root, dt
 
     stop = Stop()
     engine = Engine(default_root_dir=tmp_path, callbacks=[stop], **trainer, **QUIET)
-    engine.fit(Cse(**COMMON, dtd_dir=dtd), datamodule=data_of(mvtec_root))
+    with pytest.raises(RuntimeError, match="nothing has been fitted after 0 steps"):
+        engine.fit(Cse(**COMMON, dtd_dir=dtd), datamodule=data_of(mvtec_root))
     assert stop.found == (epochs, steps)
 
 

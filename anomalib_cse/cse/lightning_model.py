@@ -18,8 +18,6 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import Adam
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset
 
@@ -33,10 +31,10 @@ from .loss import CseLoss
 from .pairs import Pairing, Pairs
 from .pretraining import pretrain
 from .reading import is_augmented
+from .recipe import check_end, check_recipe, one_cycle
 from .resuming import ResumingMixin
 from .torch_model import CseModel, Decoder, Embedder
 
-DECODERS = ("random", "joint", "pretrained", "none")  # Table 5
 DEFAULT_EPOCHS = 100  # Section 4.1
 MOST_CLUSTERED = 8192  # images for k-means, drawn at random beyond that, so that memory is bounded
 # set apart the random numbers that one seed gives; other files here have 0 to 2, and 4
@@ -79,6 +77,9 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     model: CseModel
     best_loss: Tensor
     shaping = ("embedding_dim", "pool_size", "num_centres", "decoder")
+    pairing: Pairing | None = None  # while fitting
+    caches_validation = False
+    scores_changed = True  # since the last validation, which MidwayPostProcessor asks for
 
     def __init__(
         self,
@@ -127,9 +128,6 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         self.logged = ("train_loss", "val_loss") if holdout_ratio else ("train_loss",)
         self.register_buffer("best_loss", torch.tensor(torch.inf))
         self.register_buffer("fit_seed", torch.tensor(self.effective_seed))
-        self.pairing: Pairing | None = None  # while fitting
-        self.caches_validation = False
-        self.scores_changed = True  # since the last validation, which MidwayPostProcessor asks for
         self.train()
 
     @property
@@ -170,14 +168,9 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam with a one-cycle schedule over the steps there are (Section 4.1); they must have an end."""
         self.seed_order(self.first_epoch)  # counting steps makes the first epoch's iterator
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            msg = "the one-cycle schedule needs to know its end: set max_epochs or max_steps"
-            raise ValueError(msg)
-        rate = self.hparams["learning_rate"]
-        optimizer = Adam((p for p in self.parameters() if p.requires_grad), lr=rate)
-        schedule = OneCycleLR(optimizer, max_lr=rate, total_steps=int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        self.is_configured, self.scheduled_rate = True, self.hparams["learning_rate"]
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return one_cycle(trained, self.scheduled_rate, self.trainer.estimated_stepping_batches)
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier ``fit`` has left."""
@@ -190,19 +183,28 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         """Prepare the pairs, and train the decoder beforehand if that is its mode.
 
         Raises:
-            ValueError: If there are fewer images than centres.
+            ValueError: If there are fewer images than centres, or training ends before the first validation.
         """
         super().on_train_start()
+        check_end(self.trainer)
+        if self.hparams["learning_rate"] != self.scheduled_rate:  # Lightning's LearningRateFinder has found another
+            self.trainer.strategy.setup_optimizers(self.trainer)
         arguments, loader, seed = self.hparams, cast(DataLoader, self.trainer.train_dataloader), int(self.fit_seed)
         textures = textures_from(arguments["dtd_dir"], generator_for(seed, TEXTURES))
         synthesis = AnomalySynthesis(textures, kinds=arguments["defects"]).to(self.device)
         transform, budget = getattr(self.pre_processor, "transform", None), arguments["memory_budget"]
         pairing = Pairing(self.frozen_features, synthesis, budget, seed, self.hold_out, loader, transform)
         check_number("num_centres", self.model.num_centres, f"[1, {pairing.count}]", whole=True)
-        if arguments["decoder"] == "pretrained" and self.trainer.ckpt_path is None:
+        if arguments["decoder"] == "pretrained" and not self.resumes:
             pretrain(self.decoder, copy.deepcopy(self.embedder), pairing, arguments["learning_rate"])
         self.caches_validation = pairing.caches and not is_augmented(getattr(self.trainer.datamodule, "val_data", None))  # type: ignore[attr-defined]
         self.pairing = pairing
+
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: ImageBatch, batch_idx: int) -> None:
+        """Have what the last of ``max_steps`` gives validated, be it in the middle of an epoch."""
+        del outputs, batch, batch_idx
+        if 0 <= self.trainer.max_steps <= self.trainer.global_step:
+            self.trainer.should_stop = True
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> list[Tensor]:
@@ -288,13 +290,3 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         """Let go of the training images."""
         super().on_fit_end()
         self.pairing, self.scores_changed = None, True
-
-
-def check_recipe(decoder: object, contrast_weight: object, learning_rate: object, holdout_ratio: object) -> None:
-    """Raise a ``ValueError`` if an argument of the training recipe is outside its range."""
-    if decoder not in DECODERS:
-        msg = f"decoder must be 'random', 'joint', 'pretrained' or 'none', got {decoder!r}"
-        raise ValueError(msg)
-    check_number("contrast_weight", contrast_weight, "(0, inf)")
-    check_number("learning_rate", learning_rate, "(0, inf)")
-    check_number("holdout_ratio", holdout_ratio, "[0, 1)")

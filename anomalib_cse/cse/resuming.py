@@ -20,6 +20,8 @@ class ResumingMixin(LightningModule):
     """
 
     fit_seed: Tensor  # in the checkpoint
+    resumes = False  # whether this run goes on with an earlier one
+    is_configured = False  # whether this run has its optimizer
     first_epoch = 0  # of this run
     resumed: tuple[str, dict[str, Tensor]] | None = None  # a checkpoint, and the state that resuming it has given
 
@@ -31,12 +33,13 @@ class ResumingMixin(LightningModule):
         """Begin with the first epoch, unless a checkpoint says otherwise."""
         super().setup(stage)
         if stage == TrainerFn.FITTING:
-            self.first_epoch, self.resumed = 0, None
+            self.first_epoch, self.resumes, self.is_configured, self.resumed = 0, False, False, None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the epoch that a resumed run goes on with."""
         super().on_load_checkpoint(checkpoint)
-        self.first_epoch = checkpoint["epoch"] + 1
+        if not self.is_configured:  # later on, LearningRateFinder loads what it has saved itself
+            self.first_epoch, self.resumes = checkpoint["epoch"] + 1, True
         if self.resumed_state() is not None:
             checkpoint["callbacks"] = None  # they would name the unfinished checkpoint as the best
 
@@ -46,8 +49,10 @@ class ResumingMixin(LightningModule):
         Raises:
             ValueError: If it does not.
         """
+        if not self.resumes:
+            return
         begun, now = self.lr_schedulers().total_steps, self.trainer.estimated_stepping_batches  # type: ignore[union-attr]
-        if self.trainer.ckpt_path is not None and begun != now:
+        if begun != now:
             msg = (
                 f"the run to resume was given {begun} steps and is now given {now}: set max_epochs (and the images, "
                 "their batch size and the number of processes) as they were, or begin a new run with the model that "
@@ -63,7 +68,7 @@ class ResumingMixin(LightningModule):
     def on_fit_end(self) -> None:
         """Keep what resuming has given."""
         super().on_fit_end()
-        if self.trainer.ckpt_path is not None:
+        if self.resumes:
             state = {name: value.clone() for name, value in self.state_dict().items()}
             self.resumed = str(self.trainer.ckpt_path), state
 

@@ -95,6 +95,11 @@ class CseModel(DynamicBufferMixin):
         self.register_buffer("centres", torch.full((num_centres, embedding_dim, 1, 1), torch.nan))
         self.register_buffer("image_size", torch.zeros(2, dtype=torch.int64))
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the model can score."""
+        return not bool(self.centres.isnan().any())
+
     def set_centres(self, centres: Tensor, image_size: Sequence[int]) -> None:
         """Keep centres ``(K, D, h, w)``, of any length, as unit vectors, and the size of the images they are of."""
         self.centres.resize_(centres.shape).copy_(F.normalize(centres, dim=1))
@@ -123,5 +128,5 @@ class CseModel(DynamicBufferMixin):
             RuntimeError: If the centres have not been set.
             ValueError: If the images are of another size.
         """
-        check_scorable(images, self.image_size, self.centres)
+        check_scorable(self, images)
         return self.score(self.backbone(images), images.shape[-2:])

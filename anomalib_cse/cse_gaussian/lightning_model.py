@@ -11,6 +11,8 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -23,6 +25,8 @@ from .sample import TrainingSample
 from .torch_model import CseGaussianModel
 
 SAMPLED, TEXTURES = 13, 14  # set apart the random numbers that one seed gives; fit.py has others
+
+OF_GRADIENTS = (GradientAccumulationScheduler, LearningRateFinder)
 
 
 class CseGaussian(DeploymentMixin, AnomalibModule):
@@ -111,13 +115,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         self.sample = None  # of a fit that broke off
         if stage != TrainerFn.FITTING:
             return
-        interval, precision = self.trainer.val_check_interval, self.trainer.precision
-        if precision == "16-mixed" and self.trainer.world_size > 1:
-            msg = f"several processes take precision 32-true or bf16-mixed, got {precision}: it needs an optimizer"
-            raise ValueError(msg)
-        if interval != 1.0:
-            msg = f"the model is fitted after a whole epoch: leave val_check_interval at 1.0, got {interval}"
-            raise ValueError(msg)
+        check_single_pass(self.trainer)
 
     def on_fit_start(self) -> None:
         """Seed torch's global random numbers, from which dataloaders draw the order of images."""
@@ -170,3 +168,27 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
                     f"They get {'their own' if trial.differ else 'one for all'}."
                 )
         self.share_fitted()
+
+
+def check_single_pass(trainer: Trainer) -> None:
+    """Raise a ``ValueError`` if a trainer would validate within the one epoch, or has arguments for gradients."""
+    if trainer.precision == "16-mixed" and trainer.world_size > 1:
+        msg = "several processes take precision 32-true or bf16-mixed, got 16-mixed: it needs an optimizer"
+        raise ValueError(msg)
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) or interval != 1.0:  # the whole number 1 is a batch
+        msg = f"the model is fitted after a whole epoch: leave val_check_interval at 1.0, got {interval}"
+        raise ValueError(msg)
+    given = {
+        "accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
+        "gradient_clip_val": trainer.gradient_clip_val is not None,
+        "gradient_clip_algorithm": trainer.gradient_clip_algorithm is not None,
+        "max_steps": trainer.max_steps != -1 and not trainer.fast_dev_run,  # type: ignore[attr-defined]
+    }
+    given |= {type(c).__name__: isinstance(c, OF_GRADIENTS) for c in trainer.callbacks}  # type: ignore[attr-defined]
+    wrong = [name for name, is_given in given.items() if is_given]
+    if wrong:
+        msg = (
+            f"{', '.join(wrong)}: CseGaussian takes no gradient steps; leave it out (limit_train_batches limits images)"
+        )
+        raise ValueError(msg)

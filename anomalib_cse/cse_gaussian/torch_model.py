@@ -125,6 +125,11 @@ class CseGaussianModel(DynamicBufferMixin):
         self.register_buffer("layer_weights", torch.full((1, len(self.maps), 1, 1), torch.nan))
         self.register_buffer("image_size", torch.zeros(2, dtype=torch.int64))
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the model can score."""
+        return not bool(self.layer_weights.isnan().any())
+
     def smoothed_features(self, images: Tensor) -> list[Tensor]:
         """Return the features that the maps are of, of each layer ``(B, C, h, w)``, for images ``(B, 3, H, W)``."""
         factors = [max(1, FINEST // stride) for stride in self.backbone.strides]
@@ -146,6 +151,6 @@ class CseGaussianModel(DynamicBufferMixin):
             RuntimeError: If the maps have not been fitted.
             ValueError: If the images are of another size.
         """
-        check_scorable(images, self.image_size, self.layer_weights)
+        check_scorable(self, images)
         joint = self.joint_distances(self.smoothed_features(images))
         return InferenceBatch(pred_score=image_score(joint), anomaly_map=resize(joint, images.shape[-2:]))

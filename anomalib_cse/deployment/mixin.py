@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
-from ..checks import check_size
+from ..checks import Fittable, check_size
 from ..data import ImageCheck
 from ..features import FrozenBackbone
 from .checkpoints import WholeCheckpointIO, check_checkpoint
@@ -134,9 +134,16 @@ class DeploymentMixin(ExportMixin, LightningModule):
         self.frozen = {name: value.clone() for name, value in self.backbone.state_dict().items()}
 
     def on_fit_end(self) -> None:
-        """Check that the backbone is what it was."""
+        """Check that the backbone is what it was, and that there is a model.
+
+        Raises:
+            RuntimeError: If not.
+        """
         self.check_frozen()
         self.frozen = None
+        if not cast(Fittable, self.model).is_fitted:
+            msg = f"nothing has been fitted after {self.trainer.global_step} steps: give more (max_time, max_epochs)"
+            raise RuntimeError(msg)
 
     def check_frozen(self) -> None:
         """Raise a ``RuntimeError`` if something has changed the backbone while fitting."""

@@ -1,14 +1,39 @@
 """Arguments outside their range, refused by one kind of error: argument, what is allowed, what was given."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 OVERSHOOT = 0.2  # how far bicubic resizing, which users' transforms may do, leaves [0, 1]
+
+
+def plain(value: object) -> object:
+    """Return Python's own value for one of NumPy's or torch's, and for a path: no other can be loaded again."""
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return list(map(plain, value))
+    return value
+
+
+def plain_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """Have a constructor given Python's own values, which Lightning then writes into checkpoints."""
+
+    @wraps(init)
+    def construct(self: object, *args: object, **kwargs: object) -> None:
+        init(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    return construct
 
 
 def is_within(value: object, interval: str, *, whole: bool = False) -> bool:

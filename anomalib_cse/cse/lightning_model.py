@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset
 
-from ..checks import check_budget_and_seed, check_defects, check_number
+from ..checks import check_budget_and_seed, check_defects, check_number, plain_arguments
 from ..deployment import DeploymentMixin, choose_pre_processor
 from ..features import pool
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
@@ -81,6 +81,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     caches_validation = False
     scores_changed = True  # since the last validation, which MidwayPostProcessor asks for
 
+    @plain_arguments
     def __init__(
         self,
         backbone: str = "efficientnet_b3",

@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ..checks import check_budget_and_seed, check_defects
+from ..checks import check_budget_and_seed, check_defects, plain_arguments
 from ..deployment import DeploymentMixin, choose_pre_processor
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
 from .fit import fit
@@ -59,6 +59,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     model: CseGaussianModel
     shaping = ("embedding_dim",)
 
+    @plain_arguments
     def __init__(
         self,
         backbone: str = "efficientnet_b3",

@@ -1,6 +1,7 @@
 """Arguments outside their range, refused by one kind of error: argument, what is allowed, what was given."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from numbers import Integral, Real
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 OVERSHOOT = 0.2  # how far bicubic resizing, which users' transforms may do, leaves [0, 1]
@@ -42,6 +44,40 @@ def is_within(value: object, interval: str, *, whole: bool = False) -> bool:
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return False
     return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")  # type: ignore[operator]
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """Read an image as anomalib does, in 8 bits of red, green and blue.
+
+    Raises:
+        ValueError: If the file, which it names, does not hold a whole image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow has a dozen kinds for broken files
+        msg = f"{path} cannot be read as an image: {error}; replace it or take it out"
+        raise ValueError(msg) from error
+
+
+def warn_of_depth(paths: Iterable[str | Path]) -> None:
+    """Warn, once, of images of more than 8 bits: anomalib accepts such and has Pillow clip them at 255."""
+    deep = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:  # its header alone
+                if image.mode[0] in "IF":  # 16 and 32 bits of grey, and floating point
+                    deep.append((path, image.mode))
+        except OSError:  # a dataset may read what Pillow does not; else reading it will say so
+            continue
+    if deep:
+        path, mode = deep[0]
+        others = f" ({len(deep) - 1} others too)" if len(deep) > 1 else ""
+        warnings.warn(
+            f"{path} is of Pillow's mode {mode!r}: anomalib clips such images at 255, so that most 16-bit ones are "
+            f"white and floating-point ones black; convert them to 8 bits first{others}",
+            stacklevel=2,
+        )
 
 
 def check_number(name: str, value: object, interval: str, *, whole: bool = False) -> None:

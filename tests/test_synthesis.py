@@ -2,6 +2,7 @@ import colorsys
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -291,6 +292,12 @@ def test_textures_that_cannot_be_read_are_refused(texture_folder):
     (texture_folder / "broken.jpg").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"broken\.jpg cannot be read"):
         load_textures(texture_folder, 10, 32)
+
+
+def test_photographs_of_more_than_eight_bits_are_warned_of(tmp_path, generator):
+    Image.fromarray(np.full((40, 50), 40000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.warns(UserWarning, match=r"deep\.png is of Pillow's mode 'I;16': anomalib clips such images at 255"):
+        load_textures(tmp_path, 4, 16, generator)
 
 
 def test_builtin_textures_differ_and_are_reproducible():

@@ -188,24 +188,20 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         """
         super().on_train_start()
         check_end(self.trainer)
-        if self.hparams["learning_rate"] != self.scheduled_rate:  # Lightning's LearningRateFinder has found another
+        if self.hparams["learning_rate"] != self.scheduled_rate:  # LearningRateFinder has found another
             self.trainer.strategy.setup_optimizers(self.trainer)
         arguments, loader, seed = self.hparams, cast(DataLoader, self.trainer.train_dataloader), int(self.fit_seed)
         textures = textures_from(arguments["dtd_dir"], generator_for(seed, TEXTURES))
         synthesis = AnomalySynthesis(textures, kinds=arguments["defects"]).to(self.device)
         transform, budget = getattr(self.pre_processor, "transform", None), arguments["memory_budget"]
         pairing = Pairing(self.frozen_features, synthesis, budget, seed, self.hold_out, loader, transform)
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            pairing.limit(int(self.trainer.num_training_batches) * (loader.batch_size or 1))
         check_number("num_centres", self.model.num_centres, f"[1, {pairing.count}]", whole=True)
         if arguments["decoder"] == "pretrained" and not self.resumes:
             pretrain(self.decoder, copy.deepcopy(self.embedder), pairing, arguments["learning_rate"])
         self.caches_validation = pairing.caches and not is_augmented(getattr(self.trainer.datamodule, "val_data", None))  # type: ignore[attr-defined]
         self.pairing = pairing
-
-    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: ImageBatch, batch_idx: int) -> None:
-        """Have what the last of ``max_steps`` gives validated, be it in the middle of an epoch."""
-        del outputs, batch, batch_idx
-        if 0 <= self.trainer.max_steps <= self.trainer.global_step:
-            self.trainer.should_stop = True
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from rich.progress import track
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..features import FeatureCache
 from ..synthesis import AnomalySynthesis, generator_for
@@ -52,6 +52,11 @@ def draw_partners(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
     return (torch.arange(count) + steps) % count, corrupted
 
 
+def first(dataset: Dataset, count: int) -> Dataset:
+    """Return the first images of a dataset."""
+    return Subset(dataset, range(min(count, len(dataset))))  # type: ignore[arg-type]
+
+
 class Pairing:
     """Pair the images of a batch and give the pairs' features; exists while a model is being fitted.
 
@@ -79,7 +84,7 @@ class Pairing:
         self.synthesis = synthesis
         self.cache = FeatureCache(memory_budget)
         self.seed = seed
-        self.held_out = hold_out.held_out
+        self.held_out: Dataset | None = hold_out.held_out
         images = hold_out.all_images
         self.caches = memory_budget > 0 and images is not None  # a user's own may differ at each reading
         self.defect_free = loader.dataset if images is None else without_augmentations(images)  # held out or not
@@ -87,6 +92,11 @@ class Pairing:
         self.loader = loader
         self.transform = transform
         self.kept: list[Pairs] | None = None  # of held-out images
+
+    def limit(self, count: int) -> None:
+        """Take no more than so many images to hold out and to fit centres to, as ``fast_dev_run`` wants."""
+        self.defect_free = first(self.defect_free, count)
+        self.held_out = None if self.held_out is None else first(self.held_out, count)
 
     @property
     def count(self) -> int:
@@ -134,7 +144,7 @@ class Pairing:
         """Read the held-out images and pair them, several times over if they are few."""
         if self.held_out is None:
             return
-        repeats = -(-MIN_HELD_OUT_PAIRS // len(self.held_out))
+        repeats = -(-MIN_HELD_OUT_PAIRS // len(self.held_out))  # type: ignore[arg-type]
         for number, (images, clean) in enumerate(self.read(self.held_out, "Reading held-out images")):
             for repeat in range(repeats):
                 yield self.pair(images, clean, generator_for(self.seed, HELD_OUT, repeat, number))

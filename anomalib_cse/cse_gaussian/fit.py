@@ -38,8 +38,16 @@ class Trial(NamedTuple):
 
 
 @torch.no_grad()
-def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynthesis, seed: int) -> Trial | None:
+def fit(
+    model: CseGaussianModel,
+    sample: TrainingSample,
+    synthesis: AnomalySynthesis,
+    seed: int,
+    count: int = CORRUPTED_IMAGES,
+) -> Trial | None:
     """Fit a model's maps and the weights of its layers to the training images, with defects as the seed draws them.
+
+    ``count`` images of either half get synthetic defects.
 
     Parts lie alike in every image, and what is usual differs from place to place. On a surface nothing has a place: own
     covariances learn no more than the images at hand, and only the backbone's border is to be evened out, for which
@@ -54,8 +62,10 @@ def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynth
     """
     model.layer_weights.fill_(torch.nan)  # so that what fails half-way is not taken for fitted
     some, others = sample.halves
-    corrupted = list(corrupted_features(model, others, synthesis, seed, 1))  # for the trial too
-    factors = fit_directions(model, sample, chain(corrupted_features(model, some, synthesis, seed, 0), corrupted))
+    corrupted = list(corrupted_features(model, others, synthesis, count, seed, 1))  # for the trial too
+    factors = fit_directions(
+        model, sample, chain(corrupted_features(model, some, synthesis, count, seed, 0), corrupted)
+    )
     model.image_size.copy_(torch.tensor(sample.kept[0].shape[-2:]))
     mirrored = mirrored_features(model, sample.kept, seed)
     if not (sample.has_positions and sum(half.moments[0].weight.max() for half in sample.halves) >= FEWEST_TRIED):
@@ -79,12 +89,12 @@ def draw(count: int, images: int, *numbers: int) -> list[int]:
 
 
 def corrupted_features(
-    model: CseGaussianModel, half: Half, synthesis: AnomalySynthesis, seed: int, number: int
+    model: CseGaussianModel, half: Half, synthesis: AnomalySynthesis, count: int, seed: int, number: int
 ) -> Iterator[Corrupted]:
     """Give the features of sampled images with synthetic defects, and the defects' masks."""
     if not half.images:
         return
-    drawn = draw(CORRUPTED_IMAGES, len(half.images), seed, DRAWN, number)
+    drawn = draw(count, len(half.images), seed, DRAWN, number)
     for start in track(range(0, len(drawn), BATCH), description="Drawing defects"):
         images = torch.stack([half.images[i] for i in drawn[start : start + BATCH]])
         params = synthesis.sample(images.shape, generator_for(seed, DEFECTS, number, start))

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from ..checks import check_budget_and_seed, check_defects, plain_arguments
 from ..deployment import DeploymentMixin, choose_pre_processor
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
-from .fit import fit
+from .fit import CORRUPTED_IMAGES, fit
 from .sample import TrainingSample
 from .torch_model import CseGaussianModel
 
 SAMPLED, TEXTURES = 13, 14  # set apart the random numbers that one seed gives; fit.py has others
 
+FEW_CORRUPTED = 8  # of either half, for fast_dev_run
 OF_GRADIENTS = (GradientAccumulationScheduler, LearningRateFinder)
 
 
@@ -161,7 +162,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         if self.trainer.is_global_zero:
             textures = textures_from(self.hparams["dtd_dir"], generator_for(seed, TEXTURES))
             synthesis = AnomalySynthesis(textures, kinds=self.hparams["defects"]).to(self.device)
-            trial = fit(self.model, sample, synthesis, seed)
+            count = FEW_CORRUPTED if self.trainer.fast_dev_run else CORRUPTED_IMAGES  # type: ignore[attr-defined]
+            trial = fit(self.model, sample, synthesis, seed, count)
             if trial is not None:
                 rank_zero_info(
                     f"Half of the training images finds synthetic defects in the other with an AUROC of "

@@ -1,20 +1,17 @@
 """Images and masks that cannot be read, or not as they are, called by the name of their file; images that are none."""
 
-import warnings
 from collections.abc import Iterator
 from traceback import walk_tb
 from typing import Any, cast
 
 from anomalib.data import ImageBatch
-from anomalib.data.utils import read_image
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..checks import check_pixels
+from ..checks import check_pixels, read_rgb, warn_of_depth
 
 
 def files_of(dataset: object) -> list[str]:
@@ -32,35 +29,21 @@ def files_of(dataset: object) -> list[str]:
 def reason_unreadable(path: str) -> str:
     """Return why a file does not hold a whole image; nothing if it does."""
     try:
-        read_image(path)
-    except Exception as error:  # noqa: BLE001  Pillow has a dozen kinds for broken files
-        return f"{path} cannot be read as an image: {error}; replace it or take it out"
+        read_rgb(path)
+    except ValueError as error:
+        return str(error)
     return ""
 
 
 def check_files(dataset: Dataset | None, kind: str) -> None:
     """Read all files of a dataset; raise a ``ValueError`` that names the first, of a ``kind``, that cannot be read."""
-    for path in track(files_of(dataset), description=f"Reading {kind} images"):
+    files = files_of(dataset)
+    for path in track(files, description=f"Reading {kind} images"):
         reason = reason_unreadable(path)
         if reason:
             msg = f"{kind} file {reason}"
             raise ValueError(msg)
-
-
-def warn_of_depth(dataset: Dataset | None) -> None:
-    """Warn if the first image has more than 8 bits: anomalib accepts such and has Pillow clip them at 255."""
-    for first in files_of(dataset)[:1]:
-        try:
-            with Image.open(first) as image:
-                mode = image.mode
-        except OSError:  # a dataset may read what Pillow does not
-            return
-        if mode[0] in "IF":  # 16 and 32 bits of grey, and floating point
-            warnings.warn(
-                f"{first} is of Pillow's mode {mode!r}: anomalib clips such images at 255, so that most 16-bit ones "
-                "are white and floating-point ones black; convert them to 8 bits first",
-                stacklevel=2,
-            )
+    warn_of_depth(files)
 
 
 def check_batch(batch: object) -> None:
@@ -96,21 +79,21 @@ class ImageCheck(Callback):
         """Read all validation files, so that a broken one does not end a training of hours."""
         del pl_module
         data = getattr(trainer, "datamodule", None)
-        warn_of_depth(getattr(data, "train_data", None))
+        warn_of_depth(files_of(getattr(data, "train_data", None)))
         if trainer.limit_val_batches:
             check_files(getattr(data, "val_data", None), "validation")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the first test image."""
+        """Look at the depth of the test images."""
         del pl_module
         for dataset in datasets_of(trainer.test_dataloaders):
-            warn_of_depth(dataset)
+            warn_of_depth(files_of(dataset))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the first image."""
+        """Look at the depth of the images."""
         del pl_module
         for dataset in datasets_of(trainer.predict_dataloaders):
-            warn_of_depth(dataset)
+            warn_of_depth(files_of(dataset))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Add to an error from reading images which file it was."""

@@ -133,6 +133,12 @@ class DeploymentMixin(ExportMixin, LightningModule):
         """Note the weights of the backbone, that nothing may change."""
         self.frozen = {name: value.clone() for name, value in self.backbone.state_dict().items()}
 
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: ImageBatch, batch_idx: int) -> None:
+        """Have what the last of ``max_steps`` gives validated, be it in the middle of an epoch."""
+        del outputs, batch, batch_idx
+        if 0 <= self.trainer.max_steps <= self.trainer.global_step:
+            self.trainer.should_stop = True
+
     def on_fit_end(self) -> None:
         """Check that the backbone is what it was, and that there is a model.
 

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 from torchvision.datasets import DTD
 from torchvision.transforms.v2 import functional as TF
+
+from ..checks import read_rgb, warn_of_depth
 
 TEXTURES_KEPT = 512
 TEXTURE_SIZE = 256  # pixels a side
@@ -53,17 +54,17 @@ def load_textures(folder: str | Path, count: int, size: int, generator: Generato
     if not files:
         msg = f"dtd_dir: no photographs ({', '.join(sorted(SUFFIXES))}) below {folder}"
         raise FileNotFoundError(msg)
-    chosen = torch.randperm(len(files), generator=generator)[:count].tolist()
-    return torch.stack([read_texture(files[i], size) for i in chosen])
+    chosen = [files[i] for i in torch.randperm(len(files), generator=generator)[:count].tolist()]
+    warn_of_depth(chosen)
+    return torch.stack([read_texture(file, size) for file in chosen])
 
 
 def read_texture(file: Path, size: int) -> Tensor:
     """Read one photograph as ``(3, size, size)`` uint8, or raise a ``ValueError``."""
     try:
-        with Image.open(file) as image:
-            photograph = TF.pil_to_tensor(image.convert("RGB"))
-    except OSError as error:
-        msg = f"dtd_dir: {file} cannot be read as an image; remove it or replace it"
+        photograph = TF.pil_to_tensor(read_rgb(file))
+    except ValueError as error:
+        msg = f"dtd_dir: {error}"
         raise ValueError(msg) from error
     return TF.center_crop(TF.resize(photograph, [size], antialias=True), [size])
 

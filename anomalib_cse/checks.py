@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +36,7 @@ def plain_arguments(init: Callable[..., None]) -> Callable[..., None]:
     def construct(self: object, *args: object, **kwargs: object) -> None:
         init(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
+    construct.__signature__ = signature(init)  # type: ignore[attr-defined]  # Lightning does not ask what is wrapped
     return construct
 
 

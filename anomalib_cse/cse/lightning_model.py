@@ -187,7 +187,8 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
             ValueError: If there are fewer images than centres, or training ends before the first validation.
         """
         super().on_train_start()
-        check_end(self.trainer)
+        if self.frozen is not None:  # not in LearningRateFinder's own run, which sets max_steps
+            check_end(self.trainer)
         if self.hparams["learning_rate"] != self.scheduled_rate:  # LearningRateFinder has found another
             self.trainer.strategy.setup_optimizers(self.trainer)
         arguments, loader, seed = self.hparams, cast(DataLoader, self.trainer.train_dataloader), int(self.fit_seed)

@@ -131,7 +131,7 @@ class DeploymentMixin(ExportMixin, LightningModule):
 
     def on_fit_start(self) -> None:
         """Note the weights of the backbone, that nothing may change."""
-        self.frozen = {name: value.clone() for name, value in self.backbone.state_dict().items()}
+        self.frozen = {name: value.cpu().clone() for name, value in self.backbone.state_dict().items()}
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: ImageBatch, batch_idx: int) -> None:
         """Have what the last of ``max_steps`` gives validated, be it in the middle of an epoch."""
@@ -154,7 +154,7 @@ class DeploymentMixin(ExportMixin, LightningModule):
     def check_frozen(self) -> None:
         """Raise a ``RuntimeError`` if something has changed the backbone while fitting."""
         now = self.backbone.state_dict()
-        if self.frozen is not None and not all(torch.equal(now[name], old) for name, old in self.frozen.items()):
+        if self.frozen is not None and not all(torch.equal(now[name].cpu(), old) for name, old in self.frozen.items()):
             names = ", ".join(type(callback).__name__ for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
             msg = f"the frozen backbone has changed while fitting, the model is none: one of the callbacks ({names})?"
             raise RuntimeError(msg)

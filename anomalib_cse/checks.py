@@ -1,12 +1,10 @@
 """Arguments outside their range, refused by one kind of error: argument, what is allowed, what was given."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
-from inspect import signature
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 OVERSHOOT = 0.2  # how far bicubic resizing, which users' transforms may do, leaves [0, 1]
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """Return Python's own value for one of NumPy's or torch's, and for a path: no other can be loaded again."""
     if isinstance(value, np.ndarray | np.generic | Tensor):
         return value.tolist()
@@ -24,20 +22,11 @@ def plain(value: object) -> object:
         return str(value)
     if isinstance(value, tuple):
         return tuple(map(plain, value))
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return list(map(plain, value))
     return value
-
-
-def plain_arguments(init: Callable[..., None]) -> Callable[..., None]:
-    """Have a constructor given Python's own values, which Lightning then writes into checkpoints."""
-
-    @wraps(init)
-    def construct(self: object, *args: object, **kwargs: object) -> None:
-        init(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
-
-    construct.__signature__ = signature(init)  # type: ignore[attr-defined]  # Lightning does not ask what is wrapped
-    return construct
 
 
 def is_within(value: object, interval: str, *, whole: bool = False) -> bool:
@@ -70,7 +59,7 @@ def warn_of_depth(paths: Iterable[str | Path]) -> None:
             with Image.open(path) as image:  # its header alone
                 if image.mode[0] in "IF":  # 16 and 32 bits of grey, and floating point
                     deep.append((path, image.mode))
-        except OSError:  # a dataset may read what Pillow does not; else reading it will say so
+        except Exception:  # noqa: BLE001  a dataset may read what Pillow does not; else reading it will say so
             continue
     if deep:
         path, mode = deep[0]

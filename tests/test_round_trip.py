@@ -22,9 +22,9 @@ VALUES = {
     "pre_trained": (np.zeros((), bool), False),
     "weights": (Path("weights.safetensors"), "weights.safetensors"),
     "embedding_dim": (np.int64(16), 16),
-    "pool_size": (torch.tensor(1), 1),
+    "pool_size": (np.int8(1), 1),
     "num_centres": (np.int32(2), 2),
-    "decoder": (np.array("joint"), "joint"),
+    "decoder": (np.str_("joint"), "joint"),
     "contrast_weight": (np.float32(5), 5.0),
     "dtd_dir": (Path("dtd"), "dtd"),
     "download_dtd": (np.zeros((), bool), False),
@@ -69,7 +69,7 @@ def check(name, checkpoint):
 
 
 @both
-def test_arguments_of_numpy_and_torch_and_paths_come_back_on_the_engine(name, folder, mvtec_root):
+def test_arguments_of_numpy_and_paths_come_back_on_the_engine(name, folder, mvtec_root):
     with chdir(folder):
         model = MODELS[name](**arguments_of(name, 0))
         engine = Engine(max_epochs=1, default_root_dir=folder, **QUIET)
@@ -103,3 +103,17 @@ def test_arguments_come_back_on_the_command_line(way, name, folder, mvtec_root):
 def test_every_value_is_of_an_argument():
     assert set(VALUES) | NOT_SAVED == {a for model in MODELS.values() for a in inspect.signature(model).parameters}
     assert set(COMMON) <= set(VALUES)
+
+
+@both
+def test_arguments_of_a_subclass_come_back(name, dtd, mvtec_root, tmp_path):
+    class Own(MODELS[name]):
+        def __init__(self, extra, **options):
+            super().__init__(**options)
+            self.extra = extra
+
+    model = Own(np.int64(3), **{**COMMON, "seed": np.int64(2)}, dtd_dir=dtd)
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    engine.fit(model, datamodule=data_of(mvtec_root))
+    loaded = Own.load_from_checkpoint(engine.best_model_path)
+    assert (loaded.extra, loaded.seed, loaded.hparams["layers"]) == (3, 2, [2, 3])

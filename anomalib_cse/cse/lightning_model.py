@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset
 
-from ..checks import check_budget_and_seed, check_defects, check_number, plain_arguments
+from ..checks import check_budget_and_seed, check_defects, check_number, plain
 from ..deployment import DeploymentMixin, choose_pre_processor
 from ..features import pool
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
@@ -81,7 +81,6 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     caches_validation = False
     scores_changed = True  # since the last validation, which MidwayPostProcessor asks for
 
-    @plain_arguments
     def __init__(
         self,
         backbone: str = "efficientnet_b3",
@@ -107,6 +106,8 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        layers, pre_trained, download_dtd, defects = map(plain, (layers, pre_trained, download_dtd, defects))
+        image_size, center_crop_size, seed = map(plain, (image_size, center_crop_size, seed))
         check_recipe(decoder, contrast_weight, learning_rate, holdout_ratio)
         check_budget_and_seed(memory_budget, seed)
         check_defects(KINDS, defects, dtd_dir, download_dtd)
@@ -169,13 +170,14 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam with a one-cycle schedule over the steps there are (Section 4.1); they must have an end."""
         self.seed_order(self.first_epoch)  # counting steps makes the first epoch's iterator
-        self.is_configured, self.scheduled_rate = True, self.hparams["learning_rate"]
+        self.is_configured, self.scheduled_rate = True, plain(self.hparams["learning_rate"])
         trained = [p for p in self.parameters() if p.requires_grad]
         return one_cycle(trained, self.scheduled_rate, self.trainer.estimated_stepping_batches)
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier ``fit`` has left."""
         super().setup(stage)
+        self.pairing, self.scores_changed = None, True  # Lightning's Tuner ends a fit without saying so
         if stage == TrainerFn.FITTING:
             self.best_loss.fill_(torch.inf)
             self.model.centres.fill_(torch.nan)

@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ..checks import check_budget_and_seed, check_defects, plain_arguments
+from ..checks import check_budget_and_seed, check_defects, plain
 from ..deployment import DeploymentMixin, choose_pre_processor
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
 from .fit import CORRUPTED_IMAGES, fit
@@ -60,7 +60,6 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     model: CseGaussianModel
     shaping = ("embedding_dim",)
 
-    @plain_arguments
     def __init__(
         self,
         backbone: str = "efficientnet_b3",
@@ -80,6 +79,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        layers, pre_trained, download_dtd, defects = map(plain, (layers, pre_trained, download_dtd, defects))
+        image_size, center_crop_size, seed = map(plain, (image_size, center_crop_size, seed))
         check_budget_and_seed(memory_budget, seed)
         check_defects(KINDS, defects, dtd_dir, download_dtd)
         super().__init__(
@@ -184,8 +185,9 @@ def check_single_pass(trainer: Trainer) -> None:
         raise ValueError(msg)
     given = {
         "accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
-        "gradient_clip_val": trainer.gradient_clip_val is not None,
+        "gradient_clip_val": bool(trainer.gradient_clip_val),
         "gradient_clip_algorithm": trainer.gradient_clip_algorithm is not None,
+        "min_epochs": (trainer.min_epochs or 0) > 1,
         "max_steps": trainer.max_steps != -1 and not trainer.fast_dev_run,  # type: ignore[attr-defined]
     }
     given |= {type(c).__name__: isinstance(c, OF_GRADIENTS) for c in trainer.callbacks}  # type: ignore[attr-defined]

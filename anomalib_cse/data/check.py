@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from traceback import walk_tb
 from typing import Any, cast
 
-from anomalib.data import ImageBatch
+from anomalib.data import DepthBatch, ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from rich.progress import track
@@ -48,7 +48,7 @@ def check_files(dataset: Dataset | None, kind: str) -> None:
 
 def check_batch(batch: object) -> None:
     """Raise a ``ValueError`` unless a batch, before anything is done to it, is of images in [0, 1]."""
-    if not isinstance(batch, ImageBatch):
+    if not isinstance(batch, ImageBatch | DepthBatch):
         msg = f"dataloaders must give anomalib's ImageBatch, got {type(batch).__name__}: see ImageBatch.collate"
         raise ValueError(msg)
     check_pixels(cast(Tensor, batch.image), batch.image_path)

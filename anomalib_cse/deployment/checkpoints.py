@@ -53,7 +53,7 @@ class WholeCheckpointIO(AnomalibCheckpointIO):
 def check_checkpoint(checkpoint: dict[str, Any], model: type, arguments: dict[str, object]) -> None:
     """Raise a ``ValueError`` if a checkpoint is of another model, or of other values of arguments that shape it."""
     saved = checkpoint["hyper_parameters"]
-    known = inspect.signature(model).parameters
+    known = {name for base in model.__mro__ for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
     differ = [n for n in saved if n not in known and not n.startswith("_")] + [n for n in arguments if n not in saved]
     if differ:
         msg = (

@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
-from ..checks import Fittable, check_size
+from ..checks import Fittable, check_size, plain
 from ..data import ImageCheck
 from ..features import FrozenBackbone
 from .checkpoints import WholeCheckpointIO, check_checkpoint
@@ -118,7 +118,7 @@ class DeploymentMixin(ExportMixin, LightningModule):
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())  # type: ignore[operator]
         take_out_others(trainer, self.own_callbacks())
-        check_augmentations(trainer)
+        check_augmentations(trainer, stage)
         if stage != TrainerFn.FITTING:
             return
         evaluator = cast(Evaluator | None, self.evaluator)
@@ -200,7 +200,7 @@ class DeploymentMixin(ExportMixin, LightningModule):
         super().on_save_checkpoint(checkpoint)
         backbone = self.backbone
         own = {"backbone": backbone.architecture, "layers": backbone.levels, "pre_trained": False, "weights": None}
-        checkpoint["hyper_parameters"].update(own)
+        checkpoint["hyper_parameters"] = plain(checkpoint["hyper_parameters"] | own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, and take over its pre-processing.

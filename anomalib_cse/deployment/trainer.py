@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
+from ..checks import OVERSHOOT
 from .pre_processing import check_keeps_range
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
@@ -75,6 +76,8 @@ def check_callbacks(trainer: Trainer, logged: Iterable[str]) -> None:
             msg = f"callback {name} would rewrite or train weights that are frozen: take it out"
             raise ValueError(msg)
         monitored = getattr(callback, "monitor", None)
+        if isinstance(callback, ModelCheckpoint) and monitored in ("epoch", "step"):
+            continue
         strict = isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict)
         if strict and monitored is not None and monitored not in logged:
             msg = (
@@ -100,13 +103,13 @@ def check_images(trainer: Trainer) -> None:
         raise ValueError(msg)
 
 
-def check_augmentations(trainer: Trainer) -> None:
+def check_augmentations(trainer: Trainer, stage: str) -> None:
     """Raise a ``ValueError`` if augmentations of a datamodule leave no images in [0, 1], as ``Normalize`` does."""
     data = getattr(trainer, "datamodule", None)
-    for name in ("train", "val", "test"):
+    for name in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ()):
         augmentations = getattr(getattr(data, f"{name}_data", None), "augmentations", None)
         if augmentations is not None:
-            check_keeps_range(augmentations, f"the {name} augmentations")
+            check_keeps_range(augmentations, f"the {name} augmentations", OVERSHOOT)
 
 
 def check_validation(trainer: Trainer) -> None:

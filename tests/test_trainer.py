@@ -60,13 +60,13 @@ class Notes(Callback):
 def fit(mvtec_root, dtd, tmp_path):
     """Fits a model to the ten images of the tiny dataset, three at a time, of which ``Cse`` holds three out."""
 
-    def run(name, callbacks=(), model_options=None, **options):
+    def run(name, callbacks=(), model_options=None, checkpoint=None, **options):
         notes = Notes()
         model = MODELS[name](**COMMON, dtd_dir=str(dtd), visualizer=False, **(model_options or {}))
         engine = Engine(
             default_root_dir=tmp_path, callbacks=[notes, *callbacks], **{"max_epochs": 4, **options}, **QUIET
         )
-        engine.fit(model, datamodule=data_of(mvtec_root, train_batch_size=3))
+        engine.fit(model, datamodule=data_of(mvtec_root, train_batch_size=3), ckpt_path=checkpoint)
         return model, engine, notes
 
     return run
@@ -184,12 +184,15 @@ def test_metric_of_validation_can_be_waited_for(kind, name, fit):
 @pytest.mark.parametrize("decoder", ["random", "pretrained"])
 def test_learning_rate_that_lightning_finds_is_the_peak_of_the_schedule(decoder, fit):
     finder = LearningRateFinder(num_training_steps=25, early_stop_threshold=None)
-    model, _, notes = fit("Cse", [finder], {"decoder": decoder}, max_epochs=9)
+    options = {"decoder": decoder, "center_crop_size": (48, 40)}  # without callbacks there would be no crop
+    model, engine, notes = fit("Cse", [finder], options, max_epochs=9)
     found = finder.optimal_lr.suggestion()
     assert found != 4e-4
     assert model.hparams["learning_rate"] == found
     assert max(notes.rates[-27:]) == pytest.approx(found, rel=1e-2)
     assert (model.first_epoch, model.resumes) == (0, False)
+    with pytest.raises(ValueError, match="LearningRateFinder would change the schedule of the run to resume"):
+        fit("Cse", [LearningRateFinder()], options, max_epochs=9, checkpoint=engine.best_model_path)
 
 
 class Rewrite(Callback):

@@ -1,4 +1,4 @@
-"""Arguments outside their range, refused by one kind of error: argument, what is allowed, what was given."""
+"""Arguments, images and files, refused by one kind of error: what is wrong, what is allowed, what was given."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence

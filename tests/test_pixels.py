@@ -156,3 +156,11 @@ def test_single_image_is_refused_by_the_torch_model(name, trained):
 def test_black_and_white_images_have_scores(name, trained):
     for value in (0.0, 1.0):
         assert trained[name][0](torch.full((1, 3, 72, 96), value)).pred_score.isfinite().all()
+
+
+@both
+def test_image_that_gets_no_finite_score_is_an_error(name, trained, mvtec_root, tmp_path):
+    model = copy.deepcopy(trained[name][0])
+    model.backbone.std.zero_()
+    with pytest.raises(ValueError, match=r"no finite score for \S*000\.png.*: the backbone's features of it are NaN"):
+        Engine(default_root_dir=tmp_path, **QUIET).test(model, datamodule=data_of(mvtec_root), verbose=False)

@@ -89,7 +89,7 @@ class DeploymentMixin(ExportMixin, LightningModule):
         return [ImageCheck(), *(c for c in components if isinstance(c, Callback))]
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return anomalib's callbacks, and what names files that cannot be read, and takes all out at the end."""
+        """Return this model's own callbacks, and the one that takes them out of the trainer at the end."""
         own = self.own_callbacks()
         return [OwnCallbacks(own), *own]
 
@@ -194,7 +194,7 @@ class DeploymentMixin(ExportMixin, LightningModule):
         if not finite.all():
             paths = batch.image_path or [f"image {number} of the batch" for number in range(len(finite))]
             wrong = [str(path) for path, good in zip(paths, finite.tolist(), strict=True) if not good]
-            msg = f"no finite score for {', '.join(wrong)}: it holds NaN or infinite pixels, or they are not in [0, 1]"
+            msg = f"no finite score for {', '.join(wrong)}: the backbone's features of it are NaN or infinite"
             raise ValueError(msg)
         return batch.update(**scored._asdict())
 

@@ -113,7 +113,7 @@ def check_augmentations(trainer: Trainer, stage: str) -> None:
 
 
 def check_validation(trainer: Trainer) -> None:
-    """Raise a ``ValueError`` if a trainer would validate before a model is fitted, or never."""
+    """Raise a ``ValueError`` if a trainer would validate before a model is fitted or never, or has no steps left."""
     if trainer.ckpt_path is None and trainer.max_steps != -1 and trainer.global_step:
         msg = f"this trainer has made {trainer.global_step} steps of its max_steps: take a new Engine"
         raise ValueError(msg)

@@ -1,5 +1,6 @@
 """Arguments, images and files, refused by one kind of error: what is wrong, what is allowed, what was given."""
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -51,24 +52,58 @@ def read_rgb(path: str | Path) -> Image.Image:
         raise ValueError(msg) from error
 
 
-def warn_of_depth(paths: Iterable[str | Path]) -> None:
-    """Warn, once, of images of more than 8 bits: anomalib accepts such and has Pillow clip them at 255."""
-    deep = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:  # its header alone
-                if image.mode[0] in "IF":  # 16 and 32 bits of grey, and floating point
-                    deep.append((path, image.mode))
-        except Exception:  # noqa: BLE001  a dataset may read what Pillow does not; else reading it will say so
-            continue
+def warn_of_files(files: Iterable[str | Path]) -> None:
+    """Warn, once of each kind, of images of more than 8 bits, of hidden ones, and of links to folders beside them.
+
+    anomalib accepts the first and has Pillow clip them at 255, takes hidden files for images like any other, and does
+    not look into a linked folder.
+    """
+    paths = sorted(map(Path, files))
+    deep = [(path, mode) for path in paths if (mode := mode_of(path))[:1] in ("I", "F")]
     if deep:
         path, mode = deep[0]
-        others = f" ({len(deep) - 1} others too)" if len(deep) > 1 else ""
         warnings.warn(
             f"{path} is of Pillow's mode {mode!r}: anomalib clips such images at 255, so that most 16-bit ones are "
-            f"white and floating-point ones black; convert them to 8 bits first{others}",
+            f"white and floating-point ones black; convert them to 8 bits first{and_others(deep)}",
             stacklevel=2,
         )
+    hidden = [path for path in paths if path.name.startswith(".")]
+    if hidden:
+        warnings.warn(
+            f"{hidden[0]} is a hidden file, but counts as an image: if it is none, take it out{and_others(hidden)}",
+            stacklevel=2,
+        )
+    links = links_beside(paths)
+    if links:
+        warnings.warn(
+            f"{links[0]} is a link to a folder, which is not looked into: give that folder, or copy it"
+            f"{and_others(links)}",
+            stacklevel=2,
+        )
+
+
+def links_beside(paths: Sequence[Path]) -> list[Path]:
+    """Return the links to folders that lie beside files, or beside one of their folders, and lead to none of them."""
+    if not paths:
+        return []
+    common = os.path.commonpath([path.parent for path in paths])
+    folders = {folder for path in paths for folder in path.parents if folder.is_relative_to(common)}
+    beside = (entry for folder in sorted(folders) if folder.is_dir() for entry in folder.iterdir())
+    return [entry for entry in beside if entry.is_symlink() and entry.is_dir() and entry not in folders]
+
+
+def and_others(found: Sequence[object]) -> str:
+    """Return how many there are beside the first one, in words."""
+    return f" ({len(found) - 1} others too)" if len(found) > 1 else ""
+
+
+def mode_of(path: Path) -> str:
+    """Return Pillow's mode of an image, by its header; nothing if it cannot be read: who reads it will say so."""
+    try:
+        with Image.open(path) as image:
+            return image.mode
+    except Exception:  # noqa: BLE001  Pillow has a dozen kinds for broken files
+        return ""
 
 
 def check_number(name: str, value: object, interval: str, *, whole: bool = False) -> None:

@@ -115,11 +115,54 @@ def test_a_layout_of_mvtec_with_other_masks_than_images_is_refused(mvtec_root, t
     (tmp_path / "tiny" / "test" / "square" / "Thumbs.db").touch()  # which is no image
     set_up()
     next((tmp_path / "tiny" / "ground_truth" / "square").iterdir()).unlink()
-    with pytest.raises(ValueError, match=r"test.square holds 4 images and .*ground_truth.square 3 masks"):
+    with pytest.raises(ValueError, match=r"test.square holds 4 images .* and .*ground_truth.square 3 masks"):
         set_up()
     shutil.rmtree(tmp_path / "tiny" / "test" / "square")
-    with pytest.raises(ValueError, match=r"test.square holds 0 images and .*ground_truth.square 3 masks"):
+    with pytest.raises(ValueError, match=r"test.square holds 0 images .* and .*ground_truth.square 3 masks"):
         set_up()
+
+
+def test_a_layout_of_mvtec_with_links_out_of_it_is_refused(mvtec_root, tmp_path):
+    shutil.copytree(mvtec_root / "tiny", tmp_path / "tiny")
+    inside = tmp_path / "tiny" / "train" / "good" / "link.png"
+    inside.symlink_to(inside.with_name("000.png"))
+    MVTec(tmp_path, "tiny").setup()
+    outside = tmp_path / "tiny" / "train" / "good" / "outside.png"
+    outside.symlink_to(next((mvtec_root / "tiny" / "train" / "good").iterdir()))
+    with pytest.raises(ValueError, match=r"outside\.png leads to .*: anomalib leaves such links out, copy the file"):
+        MVTec(tmp_path, "tiny").setup()
+
+
+def masks(root, height, width, *, empty=()):
+    """Give each defective image a mask."""
+    (root / "mask").mkdir()
+    for number in range(3):
+        mask = np.zeros((height, width), np.uint8)
+        mask[height // 3 : height // 2, width // 3 : width // 2] = 255 * (number not in empty)
+        cv2.imwrite(str(root / "mask" / f"{number}.png"), mask)
+
+
+@both
+def test_masks_that_do_not_fit_are_refused_before_training_and_empty_ones_named(name, train, tmp_path):
+    for number, (height, width) in enumerate([(72, 90), (96, 72)]):
+        data = folder(tmp_path / f"{number}", 4, mask_dir="mask")
+        masks(tmp_path / f"{number}", height, width)
+        with pytest.raises(ValueError, match=rf"mask/\d\.png has {width}x{height} pixels, .*/\d\.png 96x72: .*proport"):
+            train(name, data)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    data = folder(tmp_path / "smaller", 4, mask_dir="mask")
+    masks(tmp_path / "smaller", 37, 49, empty=(1, 2))  # half the size, but for rounding
+    with pytest.warns(UserWarning, match=r"mask/[12]\.png, the mask of a defect, is empty: .* \(1 others too\)"):
+        train(name, data)
+
+
+@both
+def test_a_test_image_that_cannot_be_read_stops_before_training(name, train, tmp_path):
+    data = folder(tmp_path / "data", 4, val_split_mode="from_train", val_split_ratio=0.5)
+    (tmp_path / "data" / "defect" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"evaluation file \S*defect/1\.png cannot be read as an image"):
+        train(name, data)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @both
@@ -139,8 +182,9 @@ def test_nothing_to_validate_on_stops_before_training(name, options, train, tmp_
 
 
 @both
-def test_texture_folders_that_hold_no_photographs_are_refused(name, train, tmp_path):
+def test_texture_folders_that_hold_no_photographs_are_refused_first(name, train, tmp_path):
     data = folder(tmp_path / "data", 4)
+    (tmp_path / "data" / "good" / "torn.png").write_bytes(b"")  # which training would come upon
     (tmp_path / "empty").mkdir()
     for place in ("empty", "missing", "data/good/0.png"):
         with pytest.raises(FileNotFoundError, match=rf"dtd_dir: no photographs .*below .*{place}"):

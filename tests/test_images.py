@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from anomalib_cse import Cse
+from anomalib_cse.synthesis import load_textures
 
 from tiny import COMMON, MODELS, QUIET, data_of
 
@@ -88,20 +89,53 @@ def test_what_anomalib_reads_trains_and_has_a_finite_score(images, create, tmp_p
         assert batch.anomaly_map.isfinite().all()
 
 
-def test_images_of_more_than_eight_bits_are_warned_of_once(create, tmp_path):
+def sixteen_bits(folder):
+    for number in (1, 2):
+        READABLE["sixteen.png"]().save(folder / f"{number}.png")
+
+
+def hidden(folder):
+    noise().save(folder / ".1.png")
+    noise().save(folder / ".2.png")
+
+
+def linked(folder):
+    for number in (1, 2):
+        (folder.parent / f"elsewhere{number}").mkdir(exist_ok=True)
+        noise().save(folder.parent / f"elsewhere{number}" / "1.png")
+        (folder / f"link{number}").symlink_to(folder.parent / f"elsewhere{number}")
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (sixteen_bits, "1.png is of Pillow's mode 'I;16': anomalib clips such images at 255"),
+        (hidden, ".1.png is a hidden file, but counts as an image"),
+        (linked, "link1 is a link to a folder, which is not looked into"),
+    ],
+)
+def test_files_that_are_not_what_they_seem_are_warned_of_once_wherever_they_are(place, said, create, tmp_path):
     def warned(use):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             use()
-        return sum("mode 'I;16': anomalib clips such images at 255" in str(warning.message) for warning in caught)
+        return sum(said in str(warning.message) for warning in caught)
 
-    model, results = create(), tmp_path / "results"
-    for image, expected in ((Image.fromarray(np.full((72, 96), 40000, np.uint16)), 1), (noise(), 0)):
-        for number in range(1, 4):
-            image.save(tmp_path / f"{number}.png")
-        noise().save(tmp_path / "0.png")  # which is read first
-        assert warned(lambda: engine(results).fit(model, datamodule=datamodule(tmp_path))) == expected
-        assert warned(lambda: engine(results).predict(model, data_path=tmp_path)) == expected
+    uses = {
+        "images": lambda: engine(tmp_path).fit(create(), datamodule=datamodule(tmp_path / "images")),
+        "predicted": lambda: engine(tmp_path).predict(model, data_path=tmp_path / "predicted"),
+        "textures": lambda: load_textures(tmp_path / "textures", 8, 32),
+    }
+    for folder in uses:
+        (tmp_path / folder).mkdir()
+        for number in (0, 3):  # 0 is read first
+            noise().save(tmp_path / folder / f"{number}.png")
+    model = create()
+    engine(tmp_path).fit(model, datamodule=datamodule(tmp_path / "images"))
+    assert not any(warned(use) for use in uses.values())
+    for folder, use in uses.items():
+        place(tmp_path / folder)
+        assert warned(use) == 1, folder
 
 
 class Own(Dataset):
@@ -198,10 +232,10 @@ def test_evaluation_names_the_file_that_cannot_be_read(use, place, broken_data, 
 @pytest.mark.parametrize("place", [IMAGE, MASK])
 def test_validation_files_that_cannot_be_read_stop_before_training(place, broken_data, create, tmp_path):
     data = broken_data(place)
-    with pytest.raises(ValueError, match=rf"validation file \S*{place} cannot be read as an image: .* take it out"):
+    with pytest.raises(ValueError, match=rf"evaluation file \S*{place} cannot be read as an image: .* take it out"):
         engine(tmp_path, limit_val_batches=1.0).fit(create(), datamodule=data)
     assert not list(tmp_path.rglob("*.ckpt"))
-    engine(tmp_path).fit(create(), datamodule=data)  # without validation
+    engine(tmp_path, limit_test_batches=0).fit(create(), datamodule=data)  # without validation
 
 
 class Faulty(PredictDataset):

@@ -1,6 +1,7 @@
 """Images and masks that cannot be read, or not as they are, called by the name of their file; images that are none."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from traceback import walk_tb
 from typing import Any, cast
 
@@ -11,19 +12,29 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..checks import check_pixels, read_rgb, warn_of_depth
+from ..checks import and_others, check_pixels, read_rgb, warn_of_files
 
 
-def files_of(dataset: object) -> list[str]:
-    """Return the files that a dataset reads, images and masks; none of a dataset that does not name them."""
+def pairs_of(dataset: object) -> list[tuple[str, str]]:
+    """Return the images that a dataset reads, each with its mask or ``""``; none of one that does not name them."""
     if isinstance(dataset, Subset):
-        files = files_of(dataset.dataset)
-        return [files[index] for index in dataset.indices if files]
+        pairs = pairs_of(dataset.dataset)
+        return [pairs[index] for index in dataset.indices if pairs]
     if hasattr(dataset, "image_filenames"):  # anomalib's PredictDataset
-        return [str(path) for path in dataset.image_filenames]
+        return [(str(path), "") for path in dataset.image_filenames]
     samples = getattr(dataset, "samples", {})  # a table of anomalib's
-    columns = [samples[name] for name in ("image_path", "mask_path") if name in samples]
-    return [path for column in columns for path in column if isinstance(path, str) and path]
+    if "image_path" not in samples:
+        return []
+    masks = samples["mask_path"] if "mask_path" in samples else [""] * len(samples)
+    return [
+        (str(image), mask if isinstance(mask, str) else "")
+        for image, mask in zip(samples["image_path"], masks, strict=True)
+    ]
+
+
+def files_of(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the files of images and their masks."""
+    return [path for pair in pairs for path in pair if path]
 
 
 def reason_unreadable(path: str) -> str:
@@ -35,15 +46,41 @@ def reason_unreadable(path: str) -> str:
     return ""
 
 
-def check_files(dataset: Dataset | None, kind: str) -> None:
-    """Read all files of a dataset; raise a ``ValueError`` that names the first, of a ``kind``, that cannot be read."""
-    files = files_of(dataset)
-    for path in track(files, description=f"Reading {kind} images"):
-        reason = reason_unreadable(path)
-        if reason:
-            msg = f"{kind} file {reason}"
-            raise ValueError(msg)
-    warn_of_depth(files)
+def check_files(kind: str, *datasets: object) -> None:
+    """Read all images and masks of datasets; warn of those that can be read but are not what they seem.
+
+    Raises:
+        ValueError: If a file, of a ``kind``, cannot be read, or a mask is of other proportions than its image.
+    """
+    pairs = list(dict.fromkeys(pair for dataset in datasets for pair in pairs_of(dataset)))
+    empty = []
+    for path, mask_path in track(pairs, description=f"Reading {kind} images"):
+        try:
+            image, mask = (read_rgb(file) if file else None for file in (path, mask_path))
+        except ValueError as error:
+            msg = f"{kind} file {error}"
+            raise ValueError(msg) from error
+        if image is None or mask is None:
+            continue
+        check_mask(path, image.size, mask_path, mask.size)
+        if mask.getbbox() is None:
+            empty.append(mask_path)
+    if empty:
+        msg = f"{empty[0]}, the mask of a defect, is empty: pixel metrics count all of its image as good"
+        warnings.warn(msg + and_others(empty), stacklevel=2)
+    warn_of_files(files_of(pairs))
+
+
+def check_mask(path: str, size: tuple[int, int], mask_path: str, mask_size: tuple[int, int]) -> None:
+    """Raise a ``ValueError`` if a mask would be stretched to fit its image; ``size`` is width and height."""
+    (width, height), (mask_width, mask_height) = size, mask_size
+    # of a smaller copy, sides are off by a pixel
+    if abs(width * mask_height - height * mask_width) > max(width, height, mask_width, mask_height):
+        msg = (
+            f"the mask {mask_path} has {mask_width}x{mask_height} pixels, its image {path} {width}x{height}: masks "
+            "must have the proportions of their images"
+        )
+        raise ValueError(msg)
 
 
 def check_batch(batch: object) -> None:
@@ -76,24 +113,24 @@ class ImageCheck(Callback):
     on_predict_batch_start = on_validation_batch_start
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read all validation files, so that a broken one does not end a training of hours."""
+        """Read all that is to validate and test with, so that a broken file does not end a training of hours."""
         del pl_module
         data = getattr(trainer, "datamodule", None)
-        warn_of_depth(files_of(getattr(data, "train_data", None)))
-        if trainer.limit_val_batches:
-            check_files(getattr(data, "val_data", None), "validation")
+        warn_of_files(files_of(pairs_of(getattr(data, "train_data", None))))
+        used = {"val_data": trainer.limit_val_batches, "test_data": trainer.limit_test_batches}
+        check_files("evaluation", *(getattr(data, name, None) for name, limit in used.items() if limit))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the depth of the test images."""
+        """Look at the test images."""
         del pl_module
         for dataset in datasets_of(trainer.test_dataloaders):
-            warn_of_depth(files_of(dataset))
+            warn_of_files(files_of(pairs_of(dataset)))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the depth of the images."""
+        """Look at the images."""
         del pl_module
         for dataset in datasets_of(trainer.predict_dataloaders):
-            warn_of_depth(files_of(dataset))
+            warn_of_files(files_of(pairs_of(dataset)))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Add to an error from reading images which file it was."""
@@ -109,7 +146,7 @@ class ImageCheck(Callback):
         )
         datasets = [data] if data is not None else []
         datasets += [dataset for loaders in used for dataset in datasets_of(loaders)]
-        files = dict.fromkeys(path for dataset in datasets for path in files_of(dataset))
+        files = dict.fromkeys(path for dataset in datasets for path in files_of(pairs_of(dataset)))
         reason = next(filter(None, map(reason_unreadable, files)), "")
         if reason:
             exception.add_note(reason)

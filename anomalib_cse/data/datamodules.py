@@ -5,6 +5,7 @@ from typing import Any
 
 from anomalib.data import MVTecAD
 from anomalib.data.datasets.image.mvtecad import CATEGORIES, IMG_EXTENSIONS
+from anomalib.data.utils.path import is_within_directory
 
 
 class MVTec(MVTecAD):
@@ -17,7 +18,8 @@ class MVTec(MVTecAD):
         **kwargs: As for anomalib's ``MVTecAD``.
 
     Raises:
-        ValueError: If there is no such category, or a kind of defect has not as many masks as images.
+        ValueError: If there is no such category, a kind of defect has not as many masks as images, or an image is a
+            link to one outside of the category.
     """
 
     def __init__(
@@ -41,8 +43,13 @@ class MVTec(MVTecAD):
         super().prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Check that each kind of defect has a mask for each image, then read the folders."""
+        """Check that all images are there, and for each defect a mask, then read the folders."""
         category = self.root / self.category
+        files = (file for file in category.rglob("*") if file.suffix in IMG_EXTENSIONS)
+        outside = next((file for file in files if not is_within_directory(category, file)), None)
+        if outside is not None:
+            msg = f"{outside} leads to {outside.resolve()}: anomalib leaves such links out, copy the file"
+            raise ValueError(msg)
         folders = [path for part in ("test", "ground_truth") for path in category.glob(f"{part}/*") if path.is_dir()]
         for kind in sorted({path.name for path in folders} - {"good"}):
             images, masks = category / "test" / kind, category / "ground_truth" / kind
@@ -51,8 +58,8 @@ class MVTec(MVTecAD):
             )
             if found != expected:
                 msg = (
-                    f"{images} holds {expected} images and {masks} {found} masks: MVTec AD's layout has one for each, "
-                    "NAME_mask.png; anomalib's Folder does without masks"
+                    f"{images} holds {expected} images (.png) and {masks} {found} masks: MVTec AD's layout has one for "
+                    "each, NAME_mask.png; anomalib's Folder takes other kinds of files, and does without masks"
                 )
                 raise ValueError(msg)
         super().setup(stage)

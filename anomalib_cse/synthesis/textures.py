@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from torchvision.datasets import DTD
 from torchvision.transforms.v2 import functional as TF
 
-from ..checks import read_rgb, warn_of_depth
+from ..checks import read_rgb, warn_of_files
 
 TEXTURES_KEPT = 512
 TEXTURE_SIZE = 256  # pixels a side
@@ -52,10 +52,11 @@ def load_textures(folder: str | Path, count: int, size: int, generator: Generato
     """
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
-        msg = f"dtd_dir: no photographs ({', '.join(sorted(SUFFIXES))}) below {folder}"
+        kinds = ", ".join(sorted(SUFFIXES))
+        msg = f"dtd_dir: no photographs ({kinds}) below {folder}; links to other folders are not followed"
         raise FileNotFoundError(msg)
     chosen = [files[i] for i in torch.randperm(len(files), generator=generator)[:count].tolist()]
-    warn_of_depth(chosen)
+    warn_of_files(chosen)
     return torch.stack([read_texture(file, size) for file in chosen])
 
 

@@ -8,6 +8,7 @@ that as many good ones are rejected as you can look at again.
 """
 
 import argparse
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,8 +29,15 @@ def frames(source: str) -> Iterator[tuple[str, np.ndarray]]:
         SystemExit: If the source or one of the files cannot be read, or not as anomalib reads it.
     """
     if Path(source).is_dir():
-        for path in sorted(path for path in Path(source).iterdir() if path.is_file()):
-            file = np.fromfile(path, np.uint8)  # as imread does not open every name on Windows
+        entries = sorted(Path(source).iterdir())
+        for path in entries:
+            if path.is_dir() or path.name.startswith("."):
+                print(f"{path} is a {'folder, not looked into' if path.is_dir() else 'hidden file'}", file=sys.stderr)
+        for path in entries:
+            if path.is_dir():
+                continue
+            # as imread does not open every name on Windows; a link may lead nowhere
+            file = np.fromfile(path, np.uint8) if path.exists() else np.empty(0)
             image = cv2.imdecode(file, AS_ANOMALIB | cv2.IMREAD_ANYDEPTH) if len(file) else None
             if image is None:
                 raise SystemExit(f"{path} is no image that OpenCV reads: take it out of the folder")
@@ -80,6 +88,8 @@ def main() -> None:
         compiled = openvino.Core().compile_model(options.model, "CPU", hints)
     except RuntimeError as error:
         raise SystemExit(f"{options.model} is no model that OpenVINO reads, with its .bin beside it: {error}") from None
+    if not any("pred_label" in output.names for output in compiled.outputs):
+        raise SystemExit(f"{options.model} has no threshold: train it with validation images")
     queue = openvino.AsyncInferQueue(compiled, jobs=2)  # one frame is read and written while another is scored
     counted = Counter[str]()
 

@@ -93,6 +93,7 @@ def test_pre_processing_to_no_fixed_size_is_refused(pre_processor, name):
 
 
 @both_models
+@pytest.mark.filterwarnings("ignore:(?s).* can be exported to torch alone")
 def test_checkpoint_brings_its_size_and_levels_along(name, dtd, mvtec_root, tmp_path):
     transform = Compose([Resize(70, antialias=True), CenterCrop((64, 61))])
     model = MODELS[name](**UNSIZED, dtd_dir=str(dtd), pre_processor=PreProcessor(transform))

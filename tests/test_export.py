@@ -249,6 +249,38 @@ def test_compression_that_cannot_be_had_is_refused(name, kind, message, models, 
         export(models[name], ExportType.OPENVINO, tmp_path, compression_type=kind)
 
 
+class Prepared(Folder):
+    """Images that are not there before they are asked for."""
+
+    def prepare_data(self):
+        for number, size in enumerate([(64, 64), (70, 90)]):
+            (self.root / "good").mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(self.root / "good" / f"{number}.png"), surface(size, 1, np.random.default_rng(number)))
+
+
+def test_images_for_quantisation_are_prepared_and_of_any_size(models, tmp_path):
+    folders = {"normal_dir": "good", "abnormal_dir": "good", "normal_test_dir": "good", "num_workers": 0}
+    quantise = {"compression_type": CompressionType.INT8_PTQ, "input_size": (40, 30)}
+    none = Prepared("prepared", root=tmp_path / "data", val_split_mode="none", **folders)
+    with pytest.raises(ValueError, match="INT8_PTQ takes ranges from validation images, of which prepared has none"):
+        export(models["own"], ExportType.OPENVINO, tmp_path, datamodule=none, **quantise)
+    assert not list(tmp_path.rglob("*.xml"))
+    data = Prepared("prepared", root=tmp_path / "data", val_split_mode="same_as_test", eval_batch_size=1, **folders)
+    run = openvino_of(export(models["own"], ExportType.OPENVINO, tmp_path, datamodule=data, **quantise))
+    assert np.isfinite(run(torch.zeros(1, 3, 40, 30))["pred_score"]).all()
+
+
+def test_camera_loop_refuses_a_model_without_thresholds(models, images, tmp_path):
+    model = copy.deepcopy(models["own"])
+    for name in ("_image_threshold", "_pixel_threshold"):
+        getattr(model.post_processor, name).fill_(torch.nan)
+    network = export(model, ExportType.OPENVINO, tmp_path)
+    command = [sys.executable, CAMERA_LOOP, network, images / "64x64", "--rejects", tmp_path / "rejects"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode
+    assert "has no threshold: train it with validation images" in run.stderr
+
+
 @pytest.mark.parametrize("name", ["Cse", "own", "common"])
 def test_files_hold_every_number_once(name, models, exported, compressed):
     needed = sum(value.nbytes for value in models[name].model.state_dict().values())
@@ -320,9 +352,12 @@ def test_camera_loop_reads_as_anomalib_does(models, exported, tmp_path):
 
 def test_camera_loop_refuses_what_it_cannot_score(exported, tmp_path):
     network, deep, empty = exported["own", ExportType.OPENVINO], tmp_path / "deep", tmp_path / "empty"
-    deep.mkdir()
-    empty.mkdir()
-    cv2.imwrite(str(deep / "0.png"), np.full((64, 64), 40000, np.uint16))
+    for folder in (deep / "folder", empty, tmp_path / "linked"):
+        folder.mkdir(parents=True)
+    (deep / ".9.png").touch()
+    (tmp_path / "linked" / "0.png").symlink_to("nowhere.png")
+    (tmp_path / "sixteen").mkdir()
+    cv2.imwrite(str(tmp_path / "sixteen" / "0.png"), np.full((64, 64), 40000, np.uint16))
     (tmp_path / "text.xml").write_text("hello")
     (tmp_path / "model.onnx").touch()
     cases = {
@@ -331,7 +366,11 @@ def test_camera_loop_refuses_what_it_cannot_score(exported, tmp_path):
         "model.onnx is no .xml": [tmp_path / "model.onnx", empty],
         "empty gave no image": [network, empty],
         "text.xml is no model that OpenVINO reads": [tmp_path / "text.xml", empty],
-        "0.png has uint16 pixels": [network, deep],
+        "folder is a folder, not looked into": [network, deep],
+        ".9.png is a hidden file": [network, deep],
+        ".9.png is no image": [network, deep],
+        "linked/0.png is no image": [network, tmp_path / "linked"],
+        "0.png has uint16 pixels": [network, tmp_path / "sixteen"],
     }
     for message, arguments in cases.items():
         command = [sys.executable, CAMERA_LOOP, *arguments, "--rejects", tmp_path / "rejects"]

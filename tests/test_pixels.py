@@ -49,6 +49,7 @@ def test_pre_processor_that_leaves_no_images_is_refused(transform, found, name):
 
 
 @both
+@pytest.mark.filterwarnings("ignore:.* can be exported to torch alone")
 @pytest.mark.parametrize(
     "transform",
     [

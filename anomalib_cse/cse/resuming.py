@@ -1,10 +1,11 @@
-"""A run that was broken off goes on as if it had not been."""
+"""A run that was broken off goes on as if it had not been; within an epoch, as Lightning warns, not quite."""
 
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ..synthesis import generator_for
@@ -42,6 +43,15 @@ class ResumingMixin(LightningModule):
             self.first_epoch, self.resumes = checkpoint["epoch"] + 1, True
         if self.resumed_state() is not None:
             checkpoint["callbacks"] = None  # they would name the unfinished checkpoint as the best
+
+    def on_fit_start(self) -> None:
+        """Warn if there is nothing left of the run to resume."""
+        super().on_fit_start()
+        if self.resumes and 0 <= (self.trainer.max_epochs or 0) <= self.first_epoch:
+            rank_zero_warn(
+                f"{self.trainer.ckpt_path} is of a finished run: nothing is trained. To learn from other images, leave "
+                "ckpt_path out"
+            )
 
     def on_train_start(self) -> None:
         """Check that a resumed run leads to the end that its schedule began with.

@@ -96,6 +96,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         # DistributedDataParallel refuses a module in which nothing takes a gradient, Lightning steps without a loss
         self.unused = nn.Parameter(torch.zeros(()))
         self.sample: TrainingSample | None = None  # while fitting
+        self.synthesis: AnomalySynthesis | None = None  # likewise
 
     @property
     def trainer_arguments(self) -> dict[str, int]:
@@ -115,20 +116,32 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     def setup(self, stage: str) -> None:
         """Check the trainer; raise a ``ValueError`` if it cannot fit the model in one epoch."""
         super().setup(stage)
-        self.sample = None  # of a fit that broke off
+        self.sample = self.synthesis = None  # of a fit that broke off
         if stage != TrainerFn.FITTING:
             return
         check_single_pass(self.trainer)
 
     def on_fit_start(self) -> None:
-        """Seed torch's global random numbers, from which dataloaders draw the order of images."""
+        """Seed torch's global random numbers, from which dataloaders draw the order of images.
+
+        Raises:
+            ValueError: If there is a run to resume.
+        """
         super().on_fit_start()
+        if self.trainer.ckpt_path is not None:
+            msg = (
+                f"CseGaussian is fitted in one pass, so there is nothing to resume in {self.trainer.ckpt_path}: leave "
+                "ckpt_path out to fit a new one; test, predict and export take it"
+            )
+            raise ValueError(msg)
         torch.manual_seed(self.effective_seed)
 
     def on_train_start(self) -> None:
-        """Begin with no images."""
+        """Begin with no images, and read the textures: their folder may hold none."""
         seed = self.trainer.strategy.broadcast(self.effective_seed)
         self.sample = TrainingSample(self.hparams["memory_budget"], generator_for(seed, SAMPLED, self.global_rank))
+        textures = textures_from(self.hparams["dtd_dir"], generator_for(seed, TEXTURES))
+        self.synthesis = AnomalySynthesis(textures, kinds=self.hparams["defects"]).to(self.device)
         self.model.eval()
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
@@ -153,16 +166,14 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     @torch.no_grad()
     def fit(self) -> None:
         """Fit the model, in the first process for all of them; do nothing if that is done."""
-        if self.sample is None:
+        if self.sample is None or self.synthesis is None:
             return
-        sample, self.sample = self.sample, None
+        sample, synthesis, self.sample, self.synthesis = self.sample, self.synthesis, None, None
         strategy = self.trainer.strategy
         seed = strategy.broadcast(self.effective_seed)
         if self.trainer.world_size > 1:
             sample.sum_over_processes(lambda values: strategy.reduce(values, reduce_op="sum"))
         if self.trainer.is_global_zero:
-            textures = textures_from(self.hparams["dtd_dir"], generator_for(seed, TEXTURES))
-            synthesis = AnomalySynthesis(textures, kinds=self.hparams["defects"]).to(self.device)
             count = FEW_CORRUPTED if self.trainer.fast_dev_run else CORRUPTED_IMAGES  # type: ignore[attr-defined]
             trial = fit(self.model, sample, synthesis, seed, count)
             if trial is not None:

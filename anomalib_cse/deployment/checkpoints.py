@@ -65,6 +65,6 @@ def check_checkpoint(checkpoint: dict[str, Any], model: type, arguments: dict[st
         if saved[name] != own:
             msg = (
                 f"the checkpoint is of {name} {saved[name]}, the model has {own}: give the arguments that it was "
-                f"trained with, such as --model.{name}, or the config.yaml of that run"
+                f"trained with, such as --model.{name}"
             )
             raise ValueError(msg)

@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from xml.etree import ElementTree
 
-from anomalib.data import AnomalibDataModule
+import numpy as np
+from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.deploy import CompressionType
+from torch import Tensor
 
 from ..data import check_files
+from ..features import resize
 
 if TYPE_CHECKING:  # optional packages
     from nncf import IgnoredScope
     from openvino import Model
 
-CONSTANT = {"Parameter", "Const", "Result"}
+CONSTANT = {"Parameter", "Const"}
 CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 
 
@@ -29,6 +32,13 @@ def check_compression(kind: CompressionType | None, datamodule: AnomalibDataModu
     if kind == CompressionType.INT8_PTQ and datamodule is None:
         msg = "compression_type INT8_PTQ takes ranges from images: give a datamodule (--data on the command line)"
         raise ValueError(msg)
+    if kind == CompressionType.INT8_PTQ and datamodule is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        if not getattr(datamodule, "val_data", None):
+            msg = f"compression_type INT8_PTQ takes ranges from validation images, of which {datamodule.name} has none"
+            raise ValueError(msg)
+        check_files("validation", datamodule.val_data)
 
 
 def keep_single_precision(path: Path, *, only_before_convolution: bool = False) -> None:
@@ -52,11 +62,16 @@ def keep_single_precision(path: Path, *, only_before_convolution: bool = False) 
     tree.write(path, xml_declaration=True, encoding="utf-8")
 
 
-def compress(path: Path, kind: CompressionType, datamodule: AnomalibDataModule | None) -> None:
+def compress(
+    path: Path,
+    kind: CompressionType,
+    datamodule: AnomalibDataModule | None,
+    input_size: tuple[int, int] | None = None,
+) -> None:
     """Compress an OpenVINO ``.xml`` file to 8 bits, in place, but for the pre-processing.
 
     ``INT8`` takes weights alone; ``INT8_PTQ`` activations too, whose ranges are those of the datamodule's validation
-    images.
+    images, resized to ``input_size`` if the file takes no other.
     """
     import nncf
     import openvino
@@ -67,7 +82,7 @@ def compress(path: Path, kind: CompressionType, datamodule: AnomalibDataModule |
     if kind == CompressionType.INT8:
         model = nncf.compress_weights(model, ignored_scope=left_alone())
     elif datamodule is not None:
-        model = quantize(model, datamodule)
+        model = quantize(model, datamodule, input_size)
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
@@ -88,11 +103,13 @@ def after_convolutions(model: "Model") -> list[str]:
     return [op.get_friendly_name() for op in operations if op.get_friendly_name() not in needed]
 
 
-def quantize(model: "Model", datamodule: AnomalibDataModule) -> "Model":
+def quantize(model: "Model", datamodule: AnomalibDataModule, input_size: tuple[int, int] | None) -> "Model":
     """Quantise all but the resizing and the distances, whose squares have a range that 8 bits do not."""
     import nncf
 
-    datamodule.setup("fit")
-    check_files(datamodule.val_data, "validation")
-    images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image.numpy())
+    def as_input(batch: ImageBatch) -> np.ndarray:
+        images = cast(Tensor, batch.image)
+        return (resize(images, input_size) if input_size else images).numpy()
+
+    images = nncf.Dataset(datamodule.val_dataloader(), as_input)
     return nncf.quantize(model, images, ignored_scope=left_alone(after_convolutions(model)))

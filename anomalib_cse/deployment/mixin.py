@@ -1,7 +1,7 @@
 """What both models share on their way from training to deployment."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,50 +12,41 @@ from anomalib.deploy import CompressionType
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.metrics import AnomalibMetric, Evaluator
 from anomalib.models.components.base.export_mixin import ExportMixin
-from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checks import Fittable, check_size, plain
-from ..data import ImageCheck
-from ..features import FrozenBackbone
+from ..checks import Fittable, plain
 from .checkpoints import WholeCheckpointIO, check_checkpoint
+from .components import ComponentsMixin
 from .export import check_compression, compress, keep_single_precision
-from .post_processing import MidwayPostProcessor
-from .pre_processing import check_exportable, check_keeps_range, exact, fixed_size, resize_and_crop
+from .post_processing import MidwayPostProcessor, check_settings
+from .pre_processing import check_exportable, check_transform, keep_transform, warn_unless_exportable
 from .trainer import (
-    OwnCallbacks,
     check_augmentations,
     check_callbacks,
     check_images,
+    check_metrics,
     check_trainer,
     check_validation,
     take_out_others,
 )
 
 
-class DeploymentMixin(ExportMixin, LightningModule):
+class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
     """Scores in single precision, whole checkpoints that need no other weights, and exports that score the same.
 
     A class that uses it is an ``AnomalibModule`` too, has a ``model`` with a ``backbone``, and calls
     :meth:`make_exportable` when both are there.
     """
 
-    pre_processor: nn.Module | None
-    image_size: tuple[int, int]  # height and width of what the pre-processor leaves of any image
     shaping: tuple[str, ...]  # arguments that a checkpoint must agree in, beside backbone and layers
     seed: int | None
     logged: tuple[str, ...] = ()  # what a fit logs, which callbacks may wait for
     frozen: dict[str, Tensor] | None = None  # the backbone's weights, while fitting
-
-    @property
-    def backbone(self) -> FrozenBackbone:
-        """The frozen feature extractor of the deployed model."""
-        return cast(FrozenBackbone, self.model.get_submodule("backbone"))
 
     @property
     def effective_seed(self) -> int:
@@ -73,39 +64,6 @@ class DeploymentMixin(ExportMixin, LightningModule):
     def learning_type(self) -> LearningType:
         """Trained on defect-free images alone."""
         return LearningType.ONE_CLASS
-
-    @staticmethod
-    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Return a pre-processor that resizes; ``None`` is 256x256. Normalisation belongs to the backbone."""
-        return resize_and_crop(image_size)
-
-    def configure_post_processor(self) -> PostProcessor:
-        """Return anomalib's post-processor, but with an image threshold between two validation images' scores."""
-        return MidwayPostProcessor()
-
-    def own_callbacks(self) -> list[Callback]:
-        """Return what processes this model's images and scores, and no other's."""
-        components: tuple[object, ...] = (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)
-        return [ImageCheck(), *(c for c in components if isinstance(c, Callback))]
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Return this model's own callbacks, and the one that takes them out of the trainer at the end."""
-        own = self.own_callbacks()
-        return [OwnCallbacks(own), *own]
-
-    def make_exportable(self) -> None:
-        """Have the pre-processor compute the same outside the trainer as within.
-
-        Raises:
-            ValueError: If images of different sizes leave it with different sizes, or too small, or not in [0, 1].
-        """
-        self.image_size = fixed_size(self.pre_processor)
-        transform = cast(nn.Module, getattr(self.pre_processor, "transform", None))  # without one, sizes vary
-        check_keeps_range(transform, "the pre_processor's transform")
-        name = "center_crop_size" if self.hparams["center_crop_size"] else "image_size"
-        check_size(name, self.image_size, self.backbone.stride, ", the stride of the coarsest layer")
-        if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform:
-            self.pre_processor.export_transform = exact(self.pre_processor.transform)
 
     def setup(self, stage: str) -> None:
         """Check the data and the trainer before anything is computed.
@@ -125,7 +83,9 @@ class DeploymentMixin(ExportMixin, LightningModule):
         metrics = cast(Iterable[AnomalibMetric], evaluator.val_metrics if evaluator else ())
         check_callbacks(trainer, {*self.logged, *(metric.name for metric in metrics)})
         check_images(trainer)
+        check_metrics(trainer, evaluator)
         check_validation(trainer)
+        warn_unless_exportable(self.pre_processor)
         # or the epochs of an earlier model would count as this one's; a checkpoint to resume is read after this
         trainer.fit_loop.epoch_progress.reset()
 
@@ -214,6 +174,7 @@ class DeploymentMixin(ExportMixin, LightningModule):
         """
         self.check_frozen()
         super().on_save_checkpoint(checkpoint)
+        keep_transform(checkpoint, self.pre_processor)
         backbone = self.backbone
         own = {"backbone": backbone.architecture, "layers": backbone.levels, "pre_trained": False, "weights": None}
         checkpoint["hyper_parameters"] = plain(checkpoint["hyper_parameters"] | own)
@@ -222,11 +183,14 @@ class DeploymentMixin(ExportMixin, LightningModule):
         """Check that the checkpoint is of this model, and take over its pre-processing.
 
         Raises:
-            ValueError: If it is of another model, of other arguments, or of another image size than was asked for.
+            ValueError: If it is of another model, of other arguments, or of another image size, pre-processing or
+                post-processing than was asked for.
         """
         arguments = {name: self.hparams[name] for name in self.shaping}
         arguments |= {"backbone": self.backbone.architecture, "layers": self.backbone.levels}
         check_checkpoint(checkpoint, type(self), arguments)
+        check_settings(self.post_processor, self.configure_post_processor(), checkpoint)
+        check_transform(checkpoint, self.pre_processor)
         asked_for = self.image_size
         super().on_load_checkpoint(checkpoint)
         self.make_exportable()
@@ -259,8 +223,10 @@ class DeploymentMixin(ExportMixin, LightningModule):
             ValueError: If the pre-processing cannot be exported exactly.
         """
         check_exportable(getattr(self.pre_processor, "transform", None))
-        defaults = {"opset_version": 18, "external_data": False}
-        return super().to_onnx(export_root, model_file_name, input_size, **{**defaults, **kwargs})
+        options = {"opset_version": 18, "external_data": False, **kwargs}
+        own = self.post_processor
+        with own.labels_as_there_are() if isinstance(own, MidwayPostProcessor) else nullcontext():
+            return super().to_onnx(export_root, model_file_name, input_size, **options)
 
     def to_openvino(  # type: ignore[override]
         self,
@@ -283,6 +249,6 @@ class DeploymentMixin(ExportMixin, LightningModule):
         half = CompressionType.FP16 if compression_type == CompressionType.FP16 else None
         path = super().to_openvino(export_root, model_file_name, input_size, half, **kwargs)
         if compression_type not in (None, CompressionType.FP16):
-            compress(path, compression_type, datamodule)
+            compress(path, compression_type, datamodule, input_size)
         keep_single_precision(path, only_before_convolution=compression_type is not None)
         return path

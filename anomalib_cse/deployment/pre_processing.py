@@ -1,9 +1,12 @@
 """Resizing that survives export: the exported graph computes what ``engine.predict`` computes."""
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from anomalib.data.transforms import ExportableCenterCrop
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
@@ -12,6 +15,8 @@ from ..checks import check_pixels, check_size
 from ..features import resize
 
 ROUNDING = 1e-3  # how far arithmetic may leave [0, 1]
+EXPORTABLE = "export needs Resize((height, width)), bilinear and antialiased"
+CONFIG, TRANSFORM = "anomalib_pre_processor_config", "pre_processor_transform"  # in checkpoints: anomalib's and our own
 
 
 class ExactResize(nn.Module):
@@ -54,7 +59,7 @@ def exact(transform: nn.Module) -> nn.Module:
 def check_exportable(transform: Transform) -> None:
     """Raise a ``ValueError`` if a ``Resize`` of a transform cannot be exported exactly."""
     if not exports_exactly(transform):
-        msg = f"export needs Resize((height, width)), bilinear and antialiased, got {transform}"
+        msg = f"{EXPORTABLE}, got {transform}"
         raise ValueError(msg)
 
 
@@ -113,6 +118,56 @@ def check_keeps_range(transform: nn.Module, role: str, slack: float = ROUNDING) 
         except ValueError as error:
             msg = f"{role} {transform} does not leave images as they are taken: {error}"
             raise ValueError(msg) from error
+
+
+def check_resizes_first(transform: nn.Module) -> None:
+    """Raise a ``ValueError`` if something comes before the first ``Resize`` of a transform, such as a crop.
+
+    anomalib's datamodules resize by it before they do anything else; exported models and folders to predict do not.
+    """
+    resizes = extract_transforms_by_type(transform, Resize)
+    if not resizes:
+        return
+    image = torch.rand(1, 3, 600, 800, generator=torch.Generator().manual_seed(0))
+    results = []
+    for given in (image, resizes[0](image)):
+        with torch.random.fork_rng(devices=[]):  # a user's own may draw
+            torch.default_generator.manual_seed(0)
+            results.append(transform(given))
+    if not torch.allclose(results[0], results[1], atol=ROUNDING):
+        msg = (
+            f"Resize must come first in the pre_processor's transform, got {transform}: anomalib resizes the images of "
+            "a datamodule before it crops or pads them, but not those of a folder to predict"
+        )
+        raise ValueError(msg)
+
+
+def warn_unless_exportable(pre_processor: nn.Module | None) -> None:
+    """Warn before training of a pre-processor with which no export to ONNX or OpenVINO is possible."""
+    transform = getattr(pre_processor, "transform", None)
+    if transform is not None and not exports_exactly(transform):
+        warnings.warn(f"a model with {transform} can be exported to torch alone: {EXPORTABLE}", stacklevel=2)
+
+
+def keep_transform(checkpoint: dict[str, Any], pre_processor: nn.Module | None) -> None:
+    """Note in a checkpoint how the transform is written: anomalib keeps the arguments of some kinds alone."""
+    checkpoint[TRANSFORM] = repr(getattr(pre_processor, "transform", None))
+
+
+def check_transform(checkpoint: dict[str, Any], pre_processor: nn.Module | None) -> None:
+    """Leave the model the transform that it was given if anomalib has not kept that of a checkpoint.
+
+    Raises:
+        ValueError: If it is written otherwise than that.
+    """
+    kept = checkpoint.get(CONFIG) or {}
+    own, saved = repr(getattr(pre_processor, "transform", None)), checkpoint.get(TRANSFORM, repr(None))
+    if kept.get("transform", ...) is not None or saved == repr(None):
+        return
+    if own != saved:
+        msg = f"anomalib does not keep this transform in checkpoints: give the pre_processor of the run, with {saved}"
+        raise ValueError(msg)
+    del checkpoint[CONFIG]
 
 
 def fixed_size(pre_processor: nn.Module | None) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """What of a trainer the models work with: its arguments, the callbacks in it, and the data that it brings."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 
+from anomalib import TaskType
 from anomalib.data import AnomalibDataModule
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
@@ -101,6 +103,32 @@ def check_images(trainer: Trainer) -> None:
             f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
         )
         raise ValueError(msg)
+    if trainer.limit_val_batches and len(data.val_data) == 1:
+        warnings.warn(
+            "there is one validation image: with thresholds and normalisation from it, all scores are 0 or 1",
+            stacklevel=2,
+        )
+
+
+def check_metrics(trainer: Trainer, evaluator: Evaluator | None) -> None:
+    """Raise a ``ValueError`` if an evaluator has a metric of what anomalib's datamodule, or validation, does not give.
+
+    Metrics that are not strict are left out where there is nothing for them.
+    """
+    data = getattr(trainer, "datamodule", None)
+    for stage in ("val", "test") if evaluator else ():
+        task = getattr(getattr(data, f"{stage}_data", None), "task", None)
+        missing = {"gt_mask"} if task == TaskType.CLASSIFICATION else set()
+        if stage == "val" or not trainer.limit_val_batches:
+            missing |= {"pred_label", "pred_mask"}  # which thresholds give, and thresholds validation
+        for metric in getattr(evaluator, f"{stage}_metrics"):
+            wanted = missing.intersection(metric.fields)
+            if metric.strict and wanted:
+                msg = (
+                    f"the evaluator's {stage} metric {metric.name} is of {', '.join(sorted(wanted))}, which there will "
+                    "not be: take it out, or give it strict=False"
+                )
+                raise ValueError(msg)
 
 
 def check_augmentations(trainer: Trainer, stage: str) -> None:

@@ -1,0 +1,82 @@
+"""anomalib's components as both models have them: what processes, judges and draws images around the network."""
+
+from collections.abc import Iterable
+from typing import cast
+
+from anomalib.metrics import AnomalibMetric, Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+
+from ..checks import check_size
+from ..data import ImageCheck
+from ..features import FrozenBackbone
+from .post_processing import MidwayPostProcessor
+from .pre_processing import check_keeps_range, check_resizes_first, exact, fixed_size, resize_and_crop
+from .trainer import OwnCallbacks
+from .visualizer import WholeImageVisualizer
+
+
+class ComponentsMixin(LightningModule):
+    """Defaults of an ``AnomalibModule``'s components, and their place in the trainer."""
+
+    model: nn.Module
+    pre_processor: nn.Module | None
+    post_processor: nn.Module | None
+    image_size: tuple[int, int]  # height and width of what the pre-processor leaves of any image
+
+    @property
+    def backbone(self) -> FrozenBackbone:
+        """The frozen feature extractor of the deployed model."""
+        return cast(FrozenBackbone, self.model.get_submodule("backbone"))
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Return a pre-processor that resizes; ``None`` is 256x256. Normalisation belongs to the backbone."""
+        return resize_and_crop(image_size)
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Return anomalib's post-processor, but with an image threshold between two validation images' scores."""
+        return MidwayPostProcessor()
+
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Return anomalib's visualizer, but maps of a centre crop are drawn where they belong."""
+        return WholeImageVisualizer()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Return anomalib's evaluator, but metrics of labels and masks are left out where there are none."""
+        evaluator = AnomalibModule.configure_evaluator()
+        for metric in cast(Iterable[AnomalibMetric], evaluator.test_metrics):
+            metric.strict = False
+        return evaluator
+
+    def own_callbacks(self) -> list[Callback]:
+        """Return what processes this model's images and scores, and no other's."""
+        components: tuple[object, ...] = (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)
+        return [ImageCheck(), *(c for c in components if isinstance(c, Callback))]
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return this model's own callbacks, and the one that takes them out of the trainer at the end."""
+        own = self.own_callbacks()
+        return [OwnCallbacks(own), *own]
+
+    def make_exportable(self) -> None:
+        """Have the pre-processor compute the same outside the trainer as within.
+
+        Raises:
+            ValueError: If images of different sizes leave it with different sizes, or too small, or not in [0, 1], or
+                it does not resize first.
+        """
+        self.image_size = fixed_size(self.pre_processor)
+        transform = cast(nn.Module, getattr(self.pre_processor, "transform", None))  # without one, sizes vary
+        check_resizes_first(transform)
+        check_keeps_range(transform, "the pre_processor's transform")
+        name = "center_crop_size" if self.hparams["center_crop_size"] else "image_size"
+        check_size(name, self.image_size, self.backbone.stride, ", the stride of the coarsest layer")
+        if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform:
+            self.pre_processor.export_transform = exact(self.pre_processor.transform)

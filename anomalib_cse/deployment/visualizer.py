@@ -1,0 +1,49 @@
+"""Pictures of the whole image, also for a model that looks at its centre alone."""
+
+from typing import Any, cast
+
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.models.components import AnomalibModule
+from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms.v2 import CenterCrop, Resize
+
+
+def margins(transform: nn.Module | None) -> list[int] | None:
+    """Return what a transform crops off, in pixels left, right, above and below.
+
+    ``None`` if it is not one ``Resize`` to a height and width and one ``CenterCrop``.
+    """
+    resizes, crops = (extract_transforms_by_type(transform, kind) for kind in (Resize, CenterCrop))
+    if len(resizes) != 1 or len(crops) != 1 or len(resizes[0].size) != 2:
+        return None
+    cropped = []
+    for whole, part in zip(resizes[0].size[::-1], crops[0].size[::-1], strict=True):
+        before = round((whole - part) / 2)  # as torchvision does
+        cropped += [before, whole - part - before]
+    return cropped
+
+
+class WholeImageVisualizer(ImageVisualizer):
+    """anomalib's visualizer, but maps of a centre crop lie where they belong; it takes the same arguments.
+
+    anomalib's draws the whole file, and stretches a map of its centre over it.
+    """
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Draw a batch."""
+        margin = margins(getattr(pl_module.pre_processor, "transform", None))
+        if margin:
+            fields = {name: getattr(batch, name) for name in ("image", "anomaly_map", "gt_mask", "pred_mask")}
+            whole = {
+                # the margin is as normal as anything in the map
+                name: F.pad(values, margin, value=values.min().item() if name == "anomaly_map" else 0)
+                for name, values in fields.items()
+                if values is not None
+            }
+            batch = batch.update(in_place=False, **whole)
+        super().on_test_batch_end(trainer, cast(AnomalibModule, pl_module), outputs, batch, *args, **kwargs)

@@ -67,10 +67,10 @@ def warn_of_files(files: Iterable[str | Path]) -> None:
             f"white and floating-point ones black; convert them to 8 bits first{and_others(deep)}",
             stacklevel=2,
         )
-    hidden = [path for path in paths if path.name.startswith(".")]
+    hidden = [path for path in paths if path.name.startswith(".") or path.parent.name.startswith(".")]
     if hidden:
         warnings.warn(
-            f"{hidden[0]} is a hidden file, but counts as an image: if it is none, take it out{and_others(hidden)}",
+            f"{hidden[0]} is hidden, but counts as an image: if it is none, take it out{and_others(hidden)}",
             stacklevel=2,
         )
     links = links_beside(paths)
@@ -83,13 +83,14 @@ def warn_of_files(files: Iterable[str | Path]) -> None:
 
 
 def links_beside(paths: Sequence[Path]) -> list[Path]:
-    """Return the links to folders that lie beside files, or beside one of their folders, and lead to none of them."""
-    if not paths:
+    """Return the links to folders that lie beside several files, and do not lead to any of them."""
+    folders = {path.parent for path in paths} if len(paths) > 1 else set()
+    try:
+        links = [Path(e) for folder in folders for e in os.scandir(folder) if e.is_symlink() and e.is_dir()]
+        used = {folder.resolve() for folder in folders} if links else set()
+        return sorted(link for link in links if not any(folder.is_relative_to(link.resolve()) for folder in used))
+    except OSError:  # the files are not of this file system, or not to be listed
         return []
-    common = os.path.commonpath([path.parent for path in paths])
-    folders = {folder for path in paths for folder in path.parents if folder.is_relative_to(common)}
-    beside = (entry for folder in sorted(folders) if folder.is_dir() for entry in folder.iterdir())
-    return [entry for entry in beside if entry.is_symlink() and entry.is_dir() and entry not in folders]
 
 
 def and_others(found: Sequence[object]) -> str:

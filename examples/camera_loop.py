@@ -32,9 +32,12 @@ def frames(source: str) -> Iterator[tuple[str, np.ndarray]]:
         entries = sorted(Path(source).iterdir())
         for path in entries:
             if path.is_dir() or path.name.startswith("."):
-                print(f"{path} is a {'folder, not looked into' if path.is_dir() else 'hidden file'}", file=sys.stderr)
+                print(
+                    f"{path} is a {'folder, not looked into' if path.is_dir() else 'hidden file, scored too'}",
+                    file=sys.stderr,
+                )
         for path in entries:
-            if path.is_dir():
+            if not (path.is_file() or path.is_symlink()) or path.is_dir():
                 continue
             # as imread does not open every name on Windows; a link may lead nowhere
             file = np.fromfile(path, np.uint8) if path.exists() else np.empty(0)

@@ -1,15 +1,18 @@
 """Training sets as they come: tiny, all alike, without masks, with nothing to validate on, with broken files."""
 
 import shutil
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from anomalib.data import Folder
 from anomalib.engine import Engine
+from PIL import Image
 
-from anomalib_cse.data import MVTec
+from anomalib_cse.data import MVTec, check_files
 
 from tiny import COMMON, MODELS, QUIET
 
@@ -129,7 +132,13 @@ def test_a_layout_of_mvtec_with_links_out_of_it_is_refused(mvtec_root, tmp_path)
     MVTec(tmp_path, "tiny").setup()
     outside = tmp_path / "tiny" / "train" / "good" / "outside.png"
     outside.symlink_to(next((mvtec_root / "tiny" / "train" / "good").iterdir()))
-    with pytest.raises(ValueError, match=r"outside\.png leads to .*: anomalib leaves such links out, copy the file"):
+    said = "leads to .*: anomalib leaves such links out, copy what they lead to"
+    with pytest.raises(ValueError, match=rf"outside\.png {said}"):
+        MVTec(tmp_path, "tiny").setup()
+    outside.unlink()
+    (tmp_path / "tiny" / "test" / "square").rename(tmp_path / "tiny" / "test" / "real")
+    (tmp_path / "tiny" / "test" / "square").symlink_to(tmp_path / "tiny" / "test" / "real")
+    with pytest.raises(ValueError, match=rf"square {said}"):
         MVTec(tmp_path, "tiny").setup()
 
 
@@ -154,6 +163,18 @@ def test_masks_that_do_not_fit_are_refused_before_training_and_empty_ones_named(
     masks(tmp_path / "smaller", 37, 49, empty=(1, 2))  # half the size, but for rounding
     with pytest.warns(UserWarning, match=r"mask/[12]\.png, the mask of a defect, is empty: .* \(1 others too\)"):
         train(name, data)
+
+
+def test_masks_of_good_images_are_left_alone(tmp_path):
+    """anomalib does not read them; its Kolektor lists black ones."""
+    for name in ("image", "mask"):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+    good = {"image_path": [str(tmp_path / "image.png")], "mask_path": [str(tmp_path / "mask.png")], "label_index": [0]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_files("evaluation", SimpleNamespace(samples=good))
+    with pytest.warns(UserWarning, match=r"mask\.png, the mask of a defect, is empty"):
+        check_files("evaluation", SimpleNamespace(samples={**good, "label_index": [1]}))
 
 
 @both

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from anomalib_cse import Cse
+from anomalib_cse.checks import warn_of_files
 from anomalib_cse.synthesis import load_textures
 
 from tiny import COMMON, MODELS, QUIET, data_of
@@ -110,7 +111,7 @@ def linked(folder):
     ("place", "said"),
     [
         (sixteen_bits, "1.png is of Pillow's mode 'I;16': anomalib clips such images at 255"),
-        (hidden, ".1.png is a hidden file, but counts as an image"),
+        (hidden, ".1.png is hidden, but counts as an image"),
         (linked, "link1 is a link to a folder, which is not looked into"),
     ],
 )
@@ -136,6 +137,25 @@ def test_files_that_are_not_what_they_seem_are_warned_of_once_wherever_they_are(
     for folder, use in uses.items():
         place(tmp_path / folder)
         assert warned(use) == 1, folder
+
+
+def test_links_that_mislead_nobody_are_not_warned_of(tmp_path):
+    """A folder that is given by a link, files of several folders that have links beside them, and a single file."""
+    for place in ("real/good", "other/bad", "elsewhere"):
+        (tmp_path / place).mkdir(parents=True)
+        noise().save(tmp_path / place / "0.png")
+        noise().save(tmp_path / place / "1.png")
+    (tmp_path / "real" / "given").symlink_to(tmp_path / "other" / "bad")
+    (tmp_path / "real" / "good" / "up").symlink_to(tmp_path / "real")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_files([*(tmp_path / "real" / "good").glob("*.png"), *(tmp_path / "real" / "given").glob("*.png")])
+        warn_of_files(["relative/0.png", tmp_path / "real" / "good" / "0.png", "/nowhere/0.png"])
+        (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "real")
+        warn_of_files([tmp_path / "elsewhere" / "0.png"])
+    (tmp_path / "notebook" / ".ipynb_checkpoints").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"\.ipynb_checkpoints/0\.png is hidden"):
+        warn_of_files([tmp_path / "notebook" / ".ipynb_checkpoints" / "0.png"])
 
 
 class Own(Dataset):

@@ -163,7 +163,7 @@ class BreakAtTheEnd(Callback):
         raise InterruptedError
 
 
-@pytest.mark.filterwarnings("ignore:.* is of a finished run")
+@pytest.mark.filterwarnings("ignore:all epochs of .* are done")
 def test_run_broken_off_after_its_last_epoch_is_finished(whole, fit, tmp_path):
     checkpoint = broken_off(fit, tmp_path / "broken", BreakAtTheEnd())
     content = checkpoint.read_bytes()
@@ -174,7 +174,7 @@ def test_run_broken_off_after_its_last_epoch_is_finished(whole, fit, tmp_path):
 
 def test_resuming_what_is_finished_is_said_to_train_nothing(trained, fit, mvtec_root, tmp_path):
     """CseGaussian is always finished."""
-    with pytest.warns(UserWarning, match=r"model\.ckpt is of a finished run: nothing is trained"):
+    with pytest.warns(UserWarning, match=r"all epochs of .*model\.ckpt are done: nothing is trained"):
         fit(tmp_path, epochs=2, ckpt_path=trained["Cse"][1], data=tiny.data_of(mvtec_root))
     with pytest.raises(ValueError, match=r"fitted in one pass, so there is nothing to resume in .*model\.ckpt: leave"):
         fit(tmp_path, ckpt_path=trained["CseGaussian"][1], model=MODELS["CseGaussian"])

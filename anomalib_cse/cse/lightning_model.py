@@ -165,7 +165,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
 
     def own_callbacks(self) -> list[Callback]:
         """Return both models' callbacks, and the one that holds images out."""
-        return [self.hold_out, *super().own_callbacks()]
+        return [*super().own_callbacks(), self.hold_out]  # the others see all images
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam with a one-cycle schedule over the steps there are (Section 4.1); they must have an end."""

@@ -23,6 +23,7 @@ class ResumingMixin(LightningModule):
     fit_seed: Tensor  # in the checkpoint
     resumes = False  # whether this run goes on with an earlier one
     is_configured = False  # whether this run has its optimizer
+    is_within_epoch = False  # whether that one was broken off there
     first_epoch = 0  # of this run
     resumed: tuple[str, dict[str, Tensor]] | None = None  # a checkpoint, and the state that resuming it has given
 
@@ -41,16 +42,18 @@ class ResumingMixin(LightningModule):
         super().on_load_checkpoint(checkpoint)
         if not self.is_configured:  # later on, LearningRateFinder loads what it has saved itself
             self.first_epoch, self.resumes = checkpoint["epoch"] + 1, True
+            self.is_within_epoch = not checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
         if self.resumed_state() is not None:
             checkpoint["callbacks"] = None  # they would name the unfinished checkpoint as the best
 
     def on_fit_start(self) -> None:
         """Warn if there is nothing left of the run to resume."""
         super().on_fit_start()
-        if self.resumes and 0 <= (self.trainer.max_epochs or 0) <= self.first_epoch:
+        last = 0 <= (self.trainer.max_epochs or 0) <= self.first_epoch
+        if self.resumes and last and not self.is_within_epoch:
             rank_zero_warn(
-                f"{self.trainer.ckpt_path} is of a finished run: nothing is trained. To learn from other images, leave "
-                "ckpt_path out"
+                f"all epochs of {self.trainer.ckpt_path} are done: nothing is trained. To learn from other images, "
+                "leave ckpt_path out"
             )
 
     def on_train_start(self) -> None:

@@ -140,8 +140,9 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         """Begin with no images, and read the textures: their folder may hold none."""
         seed = self.trainer.strategy.broadcast(self.effective_seed)
         self.sample = TrainingSample(self.hparams["memory_budget"], generator_for(seed, SAMPLED, self.global_rank))
-        textures = textures_from(self.hparams["dtd_dir"], generator_for(seed, TEXTURES))
-        self.synthesis = AnomalySynthesis(textures, kinds=self.hparams["defects"]).to(self.device)
+        if self.trainer.is_global_zero:
+            textures = textures_from(self.hparams["dtd_dir"], generator_for(seed, TEXTURES))
+            self.synthesis = AnomalySynthesis(textures, kinds=self.hparams["defects"])
         self.model.eval()
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
@@ -166,14 +167,15 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     @torch.no_grad()
     def fit(self) -> None:
         """Fit the model, in the first process for all of them; do nothing if that is done."""
-        if self.sample is None or self.synthesis is None:
+        if self.sample is None:
             return
         sample, synthesis, self.sample, self.synthesis = self.sample, self.synthesis, None, None
         strategy = self.trainer.strategy
         seed = strategy.broadcast(self.effective_seed)
         if self.trainer.world_size > 1:
             sample.sum_over_processes(lambda values: strategy.reduce(values, reduce_op="sum"))
-        if self.trainer.is_global_zero:
+        if synthesis is not None:  # in the first process
+            synthesis = synthesis.to(self.device)
             count = FEW_CORRUPTED if self.trainer.fast_dev_run else CORRUPTED_IMAGES  # type: ignore[attr-defined]
             trial = fit(self.model, sample, synthesis, seed, count)
             if trial is not None:

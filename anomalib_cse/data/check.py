@@ -1,12 +1,15 @@
 """Images and masks that cannot be read, or not as they are, called by the name of their file; images that are none."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from traceback import walk_tb
 from typing import Any, cast
 
 from anomalib.data import DepthBatch, ImageBatch
+from anomalib.data.utils import LabelName
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from rich.progress import track
 from torch import Tensor
@@ -25,11 +28,15 @@ def pairs_of(dataset: object) -> list[tuple[str, str]]:
     samples = getattr(dataset, "samples", {})  # a table of anomalib's
     if "image_path" not in samples:
         return []
-    masks = samples["mask_path"] if "mask_path" in samples else [""] * len(samples)
-    return [
-        (str(image), mask if isinstance(mask, str) else "")
-        for image, mask in zip(samples["image_path"], masks, strict=True)
-    ]
+    images = [str(path) for path in samples["image_path"]]
+    if "mask_path" not in samples or "label_index" not in samples:
+        return [(path, "") for path in images]
+    # anomalib reads masks of defects alone, whatever else is listed
+    masks = (
+        str(path) if label == LabelName.ABNORMAL and isinstance(path, str | Path) else ""
+        for path, label in zip(samples["mask_path"], samples["label_index"], strict=True)
+    )
+    return list(zip(images, masks, strict=True))
 
 
 def files_of(pairs: Iterable[tuple[str, str]]) -> list[str]:
@@ -94,8 +101,10 @@ def check_batch(batch: object) -> None:
 class ImageCheck(Callback):
     """Name files that cannot be read, those for validation before training, and images that are none.
 
-    It has to come before the pre-processor.
+    It has to come before the pre-processor, and before what holds images out.
     """
+
+    training_files: Sequence[str] = ()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Check the images of a training batch."""
@@ -112,13 +121,27 @@ class ImageCheck(Callback):
     on_test_batch_start = on_validation_batch_start
     on_predict_batch_start = on_validation_batch_start
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at the training images, before any are held out."""
+        del pl_module
+        data = getattr(trainer, "datamodule", None) if stage == TrainerFn.FITTING else None
+        self.training_files = files_of(pairs_of(getattr(data, "train_data", None)))
+        warn_of_files(self.training_files)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read all that is to validate and test with, so that a broken file does not end a training of hours."""
         del pl_module
         data = getattr(trainer, "datamodule", None)
-        warn_of_files(files_of(pairs_of(getattr(data, "train_data", None))))
         used = {"val_data": trainer.limit_val_batches, "test_data": trainer.limit_test_batches}
-        check_files("evaluation", *(getattr(data, name, None) for name, limit in used.items() if limit))
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_files("evaluation", *(getattr(data, name, None) for name, limit in used.items() if limit))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the validation images, where no fit has."""
+        del pl_module
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            for dataset in datasets_of(trainer.val_dataloaders):
+                warn_of_files(files_of(pairs_of(dataset)))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the test images."""
@@ -137,16 +160,15 @@ class ImageCheck(Callback):
         del pl_module
         if not any("torch/utils/data" in frame.f_code.co_filename for frame, _ in walk_tb(exception.__traceback__)):
             return
-        data = getattr(getattr(trainer, "datamodule", None), "train_data", None)
         used = (
             trainer.train_dataloader,
             trainer.val_dataloaders,
             trainer.test_dataloaders,
             trainer.predict_dataloaders,
         )
-        datasets = [data] if data is not None else []
-        datasets += [dataset for loaders in used for dataset in datasets_of(loaders)]
-        files = dict.fromkeys(path for dataset in datasets for path in files_of(pairs_of(dataset)))
+        datasets = (dataset for loaders in used for dataset in datasets_of(loaders))
+        loaded = (path for dataset in datasets for path in files_of(pairs_of(dataset)))
+        files = dict.fromkeys((*self.training_files, *loaded))
         reason = next(filter(None, map(reason_unreadable, files)), "")
         if reason:
             exception.add_note(reason)

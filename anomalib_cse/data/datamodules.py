@@ -18,8 +18,8 @@ class MVTec(MVTecAD):
         **kwargs: As for anomalib's ``MVTecAD``.
 
     Raises:
-        ValueError: If there is no such category, a kind of defect has not as many masks as images, or an image is a
-            link to one outside of the category.
+        ValueError: If there is no such category, a kind of defect has not as many masks as images, or a link
+            leads to a folder or to an image outside of the category.
     """
 
     def __init__(
@@ -45,11 +45,10 @@ class MVTec(MVTecAD):
     def setup(self, stage: str | None = None) -> None:
         """Check that all images are there, and for each defect a mask, then read the folders."""
         category = self.root / self.category
-        files = (file for file in category.rglob("*") if file.suffix in IMG_EXTENSIONS)
-        outside = next((file for file in files if not is_within_directory(category, file)), None)
-        if outside is not None:
-            msg = f"{outside} leads to {outside.resolve()}: anomalib leaves such links out, copy the file"
-            raise ValueError(msg)
+        for link in filter(Path.is_symlink, category.rglob("*")):
+            if link.is_dir() or (link.suffix in IMG_EXTENSIONS and not is_within_directory(category, link)):
+                msg = f"{link} leads to {link.resolve()}: anomalib leaves such links out, copy what they lead to"
+                raise ValueError(msg)
         folders = [path for part in ("test", "ground_truth") for path in category.glob(f"{part}/*") if path.is_dir()]
         for kind in sorted({path.name for path in folders} - {"good"}):
             images, masks = category / "test" / kind, category / "ground_truth" / kind

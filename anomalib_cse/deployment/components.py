@@ -15,8 +15,8 @@ from ..checks import check_size
 from ..data import ImageCheck
 from ..features import FrozenBackbone
 from .post_processing import MidwayPostProcessor
-from .pre_processing import check_keeps_range, check_resizes_first, exact, fixed_size, resize_and_crop
-from .trainer import OwnCallbacks
+from .pre_processing import check_keeps_range, exact, fixed_size, resize_and_crop
+from .trainer import LABELS, OwnCallbacks
 from .visualizer import WholeImageVisualizer
 
 
@@ -49,10 +49,10 @@ class ComponentsMixin(LightningModule):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Return anomalib's evaluator, but metrics of labels and masks are left out where there are none."""
+        """Return anomalib's evaluator, but metrics of the model's labels are left out where it gives none."""
         evaluator = AnomalibModule.configure_evaluator()
         for metric in cast(Iterable[AnomalibMetric], evaluator.test_metrics):
-            metric.strict = False
+            metric.strict &= not LABELS.intersection(metric.fields)
         return evaluator
 
     def own_callbacks(self) -> list[Callback]:
@@ -69,12 +69,10 @@ class ComponentsMixin(LightningModule):
         """Have the pre-processor compute the same outside the trainer as within.
 
         Raises:
-            ValueError: If images of different sizes leave it with different sizes, or too small, or not in [0, 1], or
-                it does not resize first.
+            ValueError: If images of different sizes leave it with different sizes, or too small, or not in [0, 1].
         """
         self.image_size = fixed_size(self.pre_processor)
         transform = cast(nn.Module, getattr(self.pre_processor, "transform", None))  # without one, sizes vary
-        check_resizes_first(transform)
         check_keeps_range(transform, "the pre_processor's transform")
         name = "center_crop_size" if self.hparams["center_crop_size"] else "image_size"
         check_size(name, self.image_size, self.backbone.stride, ", the stride of the coarsest layer")

@@ -24,7 +24,13 @@ from .checkpoints import WholeCheckpointIO, check_checkpoint
 from .components import ComponentsMixin
 from .export import check_compression, compress, keep_single_precision
 from .post_processing import MidwayPostProcessor, check_settings
-from .pre_processing import check_exportable, check_transform, keep_transform, warn_unless_exportable
+from .pre_processing import (
+    check_exportable,
+    check_resizes_first,
+    check_transform,
+    keep_transform,
+    warn_unless_exportable,
+)
 from .trainer import (
     check_augmentations,
     check_callbacks,
@@ -69,7 +75,8 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         """Check the data and the trainer before anything is computed.
 
         Raises:
-            ValueError: If images to train or validate with are missing, or the trainer's precision or steps do not do.
+            ValueError: If images to train or validate with are missing, the trainer's precision or steps do not do, or
+                a component does not fit the data.
         """
         trainer, self.frozen = self.trainer, None
         check_trainer(trainer)
@@ -77,14 +84,16 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())  # type: ignore[operator]
         take_out_others(trainer, self.own_callbacks())
         check_augmentations(trainer, stage)
+        check_metrics(trainer, cast(Evaluator | None, self.evaluator), self.post_processor, stage)
         if stage != TrainerFn.FITTING:
             return
         evaluator = cast(Evaluator | None, self.evaluator)
         metrics = cast(Iterable[AnomalibMetric], evaluator.val_metrics if evaluator else ())
         check_callbacks(trainer, {*self.logged, *(metric.name for metric in metrics)})
         check_images(trainer)
-        check_metrics(trainer, evaluator)
         check_validation(trainer)
+        if isinstance(getattr(trainer, "datamodule", None), AnomalibDataModule):
+            check_resizes_first(self.pre_processor)
         warn_unless_exportable(self.pre_processor)
         # or the epochs of an earlier model would count as this one's; a checkpoint to resume is read after this
         trainer.fit_loop.epoch_progress.reset()
@@ -183,8 +192,8 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         """Check that the checkpoint is of this model, and take over its pre-processing.
 
         Raises:
-            ValueError: If it is of another model, of other arguments, or of another image size, pre-processing or
-                post-processing than was asked for.
+            ValueError: If it is of another model, of other arguments, or of another image size or post-processing than
+                was asked for, or lacks its pre-processing.
         """
         arguments = {name: self.hparams[name] for name in self.shaping}
         arguments |= {"backbone": self.backbone.architecture, "layers": self.backbone.levels}

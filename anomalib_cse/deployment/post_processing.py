@@ -75,16 +75,16 @@ class MidwayPostProcessor(PostProcessor):
             super().on_validation_batch_end(trainer, pl_module, *args, **kwargs)
 
 
-def check_settings(own: nn.Module | None, default: PostProcessor, checkpoint: dict[str, Any]) -> None:
+def check_settings(own: nn.Module | None, default: PostProcessor | None, checkpoint: dict[str, Any]) -> None:
     """Raise a ``ValueError`` if a post-processor was given settings that those of a checkpoint would overrule."""
     saved = checkpoint.get("anomalib_post_processor_config")
     if not isinstance(own, PostProcessor) or not saved:
         return
-    usual = default.checkpoint_config()
+    usual = default.checkpoint_config() if default else {}
     for name, value in own.checkpoint_config().items():
         if value != usual.get(name, value) and value != saved.get(name, value):
             msg = (
                 f"the post_processor was given {name}={value}, but {saved[name]} of the checkpoint would count: load "
-                f"the model without a post_processor, then set model.post_processor.{name}"
+                f"the model without a post_processor, set model.post_processor.{name}, and give no ckpt_path after that"
             )
             raise ValueError(msg)

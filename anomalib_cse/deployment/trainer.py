@@ -1,10 +1,10 @@
 """What of a trainer the models work with: its arguments, the callbacks in it, and the data that it brings."""
 
-import warnings
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 from anomalib import TaskType
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -18,10 +18,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ..checks import OVERSHOOT
+from .post_processing import MidwayPostProcessor
 from .pre_processing import check_keeps_range
 
+LABELS = {"pred_label", "pred_mask"}
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 COMPONENTS = (PreProcessor, PostProcessor, Evaluator, Visualizer)  # that are callbacks too
 REWRITING = (BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging)
@@ -104,31 +107,44 @@ def check_images(trainer: Trainer) -> None:
         )
         raise ValueError(msg)
     if trainer.limit_val_batches and len(data.val_data) == 1:
-        warnings.warn(
-            "there is one validation image: with thresholds and normalisation from it, all scores are 0 or 1",
-            stacklevel=2,
-        )
+        rank_zero_warn("there is one validation image: normalised by it, scores are 0 or 1")
 
 
-def check_metrics(trainer: Trainer, evaluator: Evaluator | None) -> None:
-    """Raise a ``ValueError`` if an evaluator has a metric of what anomalib's datamodule, or validation, does not give.
+def check_metrics(trainer: Trainer, evaluator: Evaluator | None, post_processor: object, stage: str) -> None:
+    """Raise a ``ValueError`` if an evaluator has a metric of what a ``stage`` will not have.
 
-    Metrics that are not strict are left out where there is nothing for them.
+    A fit warns of what a test after it will not have. Metrics that are not strict are left out where there is nothing
+    for them.
     """
-    data = getattr(trainer, "datamodule", None)
-    for stage in ("val", "test") if evaluator else ():
-        task = getattr(getattr(data, f"{stage}_data", None), "task", None)
-        missing = {"gt_mask"} if task == TaskType.CLASSIFICATION else set()
-        if stage == "val" or not trainer.limit_val_batches:
-            missing |= {"pred_label", "pred_mask"}  # which thresholds give, and thresholds validation
-        for metric in getattr(evaluator, f"{stage}_metrics"):
-            wanted = missing.intersection(metric.fields)
-            if metric.strict and wanted:
+    used = {"fit": ("val", "test"), "validate": ("val",), "test": ("test",)}.get(stage, ())
+    for part in used if evaluator else ():
+        limit = getattr(trainer, f"limit_{part}_batches")
+        for metric in getattr(evaluator, f"{part}_metrics") if limit else ():
+            missing = lacking(trainer, part, post_processor).intersection(getattr(metric, "fields", ()))
+            if getattr(metric, "strict", False) and missing:
                 msg = (
-                    f"the evaluator's {stage} metric {metric.name} is of {', '.join(sorted(wanted))}, which there will "
+                    f"the evaluator's {part} metric {metric.name} is of {', '.join(sorted(missing))}, which there will "
                     "not be: take it out, or give it strict=False"
                 )
-                raise ValueError(msg)
+                if (stage, part) != ("fit", "test"):
+                    raise ValueError(msg)
+                rank_zero_warn(msg)
+
+
+def lacking(trainer: Trainer, part: str, post_processor: object) -> set[str]:
+    """Return which fields batches to validate or test with (``part``) lack, as far as that is known before."""
+    dataset = getattr(getattr(trainer, "datamodule", None), f"{part}_data", None)
+    without_masks = isinstance(dataset, AnomalibDataset) and dataset.task == TaskType.CLASSIFICATION
+    missing = {"gt_mask"} if without_masks else set()
+    if post_processor is None:
+        return missing | LABELS
+    if type(post_processor) not in (PostProcessor, MidwayPostProcessor):  # a user's own may give labels at any time
+        return missing
+    own = cast(PostProcessor, post_processor)
+    never = part == "val" or not own.enable_thresholding
+    # thresholds come from validation; anomalib's own gives labels without
+    not_yet = isinstance(own, MidwayPostProcessor) and not trainer.limit_val_batches and not own.has_thresholds
+    return missing | LABELS if never or not_yet else missing
 
 
 def check_augmentations(trainer: Trainer, stage: str) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import torch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import ImageVisualizer
@@ -14,7 +15,7 @@ from torchvision.transforms.v2 import CenterCrop, Resize
 def margins(transform: nn.Module | None) -> list[int] | None:
     """Return what a transform crops off, in pixels left, right, above and below.
 
-    ``None`` if it is not one ``Resize`` to a height and width and one ``CenterCrop``.
+    ``None`` if it is not one ``Resize`` to a height and width and one ``CenterCrop`` within that.
     """
     resizes, crops = (extract_transforms_by_type(transform, kind) for kind in (Resize, CenterCrop))
     if len(resizes) != 1 or len(crops) != 1 or len(resizes[0].size) != 2:
@@ -23,13 +24,13 @@ def margins(transform: nn.Module | None) -> list[int] | None:
     for whole, part in zip(resizes[0].size[::-1], crops[0].size[::-1], strict=True):
         before = round((whole - part) / 2)  # as torchvision does
         cropped += [before, whole - part - before]
-    return cropped
+    return cropped if min(cropped) >= 0 else None
 
 
 class WholeImageVisualizer(ImageVisualizer):
     """anomalib's visualizer, but maps of a centre crop lie where they belong; it takes the same arguments.
 
-    anomalib's draws the whole file, and stretches a map of its centre over it.
+    anomalib's draws the whole file, and stretches a map of its centre over it; so does this one when called by hand.
     """
 
     def on_test_batch_end(
@@ -39,11 +40,9 @@ class WholeImageVisualizer(ImageVisualizer):
         margin = margins(getattr(pl_module.pre_processor, "transform", None))
         if margin:
             fields = {name: getattr(batch, name) for name in ("image", "anomaly_map", "gt_mask", "pred_mask")}
-            whole = {
-                # the margin is as normal as anything in the map
-                name: F.pad(values, margin, value=values.min().item() if name == "anomaly_map" else 0)
-                for name, values in fields.items()
-                if values is not None
-            }
+            whole = {name: F.pad(values, margin) for name, values in fields.items() if values is not None}
+            if batch.anomaly_map is not None:  # the margin is as normal as anything in the map
+                padded = [F.pad(values, margin, value=values.min().item()) for values in batch.anomaly_map]
+                whole["anomaly_map"] = torch.stack(padded)
             batch = batch.update(in_place=False, **whole)
         super().on_test_batch_end(trainer, cast(AnomalibModule, pl_module), outputs, batch, *args, **kwargs)

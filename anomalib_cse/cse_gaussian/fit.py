@@ -6,27 +6,25 @@ from typing import NamedTuple
 
 import torch
 from rich.progress import track
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..synthesis import AnomalySynthesis, generator_for
 from .moments import RIDGE, Moments, contrastive_directions, evidence, inverse_root
 from .sample import BATCH, Half, TrainingSample
-from .torch_model import CseGaussianModel, image_score
+from .torch_model import CseGaussianModel
 
-CORRUPTED_IMAGES = 128  # with synthetic defects, of either half, to select the embedding by
-MIRRORED_IMAGES = 24  # to measure the border with
+FEWEST_CORRUPTED, MOST_CORRUPTED = 16, 128  # as many images as there are get synthetic defects, within these bounds
 ROUNDING = 1e-12  # share of a second moment that is no variance
 PRIOR = 10  # images' worth of trust in the covariance that all positions have in common
 FEWEST_TRIED = PRIOR  # images to try own covariances with: of fewer, they would count for less than half
-DRAWN, DEFECTS, MIRRORED = 10, 11, 12  # set apart the random numbers that one seed gives
+DRAWN, DEFECTS = 10, 11  # set apart the random numbers that one seed gives
 
 Corrupted = tuple[list[Tensor], Tensor]  # features, of each layer (B, C, h, w), and the defects' masks (B, 1, H, W)
 
 
 class Trial(NamedTuple):
-    """AUROC of synthetic defects with one covariance that all positions have in common, and with their own."""
+    """How far synthetic defects stand out with one covariance for all positions, and with their own."""
 
     in_common: float
     own: float
@@ -38,21 +36,12 @@ class Trial(NamedTuple):
 
 
 @torch.no_grad()
-def fit(
-    model: CseGaussianModel,
-    sample: TrainingSample,
-    synthesis: AnomalySynthesis,
-    seed: int,
-    count: int = CORRUPTED_IMAGES,
-) -> Trial | None:
+def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynthesis, seed: int) -> Trial | None:
     """Fit a model's maps and the weights of its layers to the training images, with defects as the seed draws them.
 
-    ``count`` images of either half get synthetic defects.
-
     Parts lie alike in every image, and what is usual differs from place to place. On a surface nothing has a place: own
-    covariances learn no more than the images at hand, and only the backbone's border is to be evened out, for which
-    mirrored images serve. Of a part they would show things where they never lie. So both are tried: fitted to one half
-    of the images, they are to find synthetic defects in the other.
+    covariances learn no more than the images at hand. So both are tried: fitted to one half of the images, they are to
+    find synthetic defects in the other.
 
     Returns:
         What decided whether positions differ; ``None`` if nothing was tried, for want of images or of memory.
@@ -62,22 +51,24 @@ def fit(
     """
     model.layer_weights.fill_(torch.nan)  # so that what fails half-way is not taken for fitted
     some, others = sample.halves
+    count = -(-min(max(sample.count, FEWEST_CORRUPTED), MOST_CORRUPTED) // 2)  # of either half
     corrupted = list(corrupted_features(model, others, synthesis, count, seed, 1))  # for the trial too
     factors = fit_directions(
         model, sample, chain(corrupted_features(model, some, synthesis, count, seed, 0), corrupted)
     )
     model.image_size.copy_(torch.tensor(sample.kept[0].shape[-2:]))
-    mirrored = mirrored_features(model, sample.kept, seed)
-    if not (sample.has_positions and sum(half.moments[0].weight.max() for half in sample.halves) >= FEWEST_TRIED):
-        fit_common(model, factors, mirrored)
-        return None
-    fit_own(model, some.moments, factors, some.feature_batches())
-    own = auroc(model, others.feature_batches(), corrupted)
-    fit_common(model, factors, mirrored)
-    trial = Trial(auroc(model, others.feature_batches(), corrupted), own)
-    if trial.differ:
+    trial = None
+    if sample.has_positions and sum(half.moments[0].weight.max() for half in sample.halves) >= FEWEST_TRIED:
+        fit_own(model, some.moments, factors, some.feature_batches())
+        own = separation(model, others.feature_batches(), corrupted)
+        fit_common(model, factors, some.feature_batches())
+        trial = Trial(separation(model, others.feature_batches(), corrupted), own)
+    shown = chain(some.feature_batches(), others.feature_batches())
+    if trial and trial.differ:
         moments = [a + b for a, b in zip(some.moments, others.moments, strict=True)]
-        fit_own(model, moments, factors, chain(some.feature_batches(), others.feature_batches()))
+        fit_own(model, moments, factors, shown)
+    else:
+        fit_common(model, factors, shown)
     return trial
 
 
@@ -99,19 +90,6 @@ def corrupted_features(
         images = torch.stack([half.images[i] for i in drawn[start : start + BATCH]])
         params = synthesis.sample(images.shape, generator_for(seed, DEFECTS, number, start))
         yield model.smoothed_features(synthesis.apply(images, params)), params.mask.to(images.device)
-
-
-def mirrored_features(model: CseGaussianModel, images: Sequence[Tensor], seed: int) -> Iterator[list[Tensor]]:
-    """Give the features of sampled images, each as it is, mirrored along either axis and along both.
-
-    What the images show evens out, and what is left of a position's mean distance is the backbone's own: its padding,
-    at the border.
-    """
-    drawn = draw(min(MIRRORED_IMAGES, len(images)), len(images), seed, MIRRORED)
-    for start in track(range(0, len(drawn), BATCH), description="Measuring the border"):
-        batch = torch.stack([images[i] for i in drawn[start : start + BATCH]])
-        for axes in ((), (-1,), (-2,), (-2, -1)):
-            yield model.smoothed_features(batch.flip(axes))
 
 
 def fit_directions(model: CseGaussianModel, sample: TrainingSample, corrupted: Iterable[Corrupted]) -> list[Tensor]:
@@ -160,10 +138,10 @@ def check_moments(level: int, clean: Moments, defects: Moments) -> None:
 
 
 def fit_common(model: CseGaussianModel, factors: Sequence[Tensor], shown: Iterable[list[Tensor]]) -> None:
-    """Give all positions one covariance, which is 1 in the embedding, and fit scales and weights."""
+    """Give all positions one covariance, which is 1 in the embedding; fit scales, of rows and columns, and weights."""
     for gaussian, factor in zip(model.maps, factors, strict=True):
         gaussian.set("roots", factor.sqrt().diag())
-    fit_scales(model, factors, shown)
+    set_scales(model, factors, map(of_rows_and_columns, mean_distances(model, shown)))
 
 
 def fit_own(
@@ -179,28 +157,52 @@ def fit_own(
         own = (at_positions.weight / (at_positions.weight + PRIOR))[..., None]
         shrunk = own * embedded + (1 - own) * torch.eye(len(factor)).to(factor)
         gaussian.set("roots", inverse_root(shrunk) * factor.sqrt())
-    fit_scales(model, factors, shown)
+    set_scales(model, factors, mean_distances(model, shown))
 
 
-def fit_scales(model: CseGaussianModel, factors: Sequence[Tensor], shown: Iterable[list[Tensor]]) -> None:
-    """Make 1 of the mean distance at every position over the features ``shown``; weigh layers by their dimensions."""
+def mean_distances(model: CseGaussianModel, shown: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Return the mean distance at every position ``(h, w)`` over the features ``shown``, of each layer."""
     totals: list[Tensor] = []
     count = 0
     for features in shown:
         distances = [m.distances(f).sum(dim=(0, 1)) for m, f in zip(model.maps, features, strict=True)]
         totals = [t + d for t, d in zip(totals, distances, strict=True)] if totals else distances
         count += len(features[0])
-    for gaussian, total in zip(model.maps, totals, strict=True):
-        gaussian.set("scale", count / total.clamp(min=torch.finfo(total.dtype).eps * count))  # may be all alike
+    return [total / count for total in totals]
+
+
+def of_rows_and_columns(means: Tensor) -> Tensor:
+    """Return what follows for a map ``(h, w)`` from the means of its rows and of its columns.
+
+    The backbone's padding makes distances larger towards a border, whatever the image shows; along a border it makes
+    no difference, and what does there is the images at hand.
+    """
+    return means.mean(dim=1, keepdim=True) * means.mean(dim=0, keepdim=True) / means.mean()
+
+
+def set_scales(model: CseGaussianModel, factors: Sequence[Tensor], means: Iterable[Tensor]) -> None:
+    """Make 1 of the mean distances at every position, of each layer; weigh layers by their dimensions."""
+    for gaussian, mean in zip(model.maps, means, strict=True):
+        gaussian.set("scale", 1 / mean.clamp(min=torch.finfo(mean.dtype).eps))  # it may be 0, of images all alike
     dimensions = torch.stack([f.sum() for f in factors])
     model.layer_weights.copy_((dimensions / dimensions.sum()).view(1, -1, 1, 1))
 
 
-def auroc(model: CseGaussianModel, clean: Iterable[list[Tensor]], corrupted: Iterable[Corrupted]) -> float:
-    """Return how well a model tells images with synthetic defects from others, by their features."""
-    without = ((features, torch.zeros(len(features[0]), 1)) for features in clean)
-    scores, labels = [], []
-    for features, masks in chain(without, corrupted):
-        scores.append(image_score(model.joint_distances(features)))
-        labels.append(masks.flatten(1).any(dim=1).cpu())
-    return float(roc_auc_score(torch.cat(labels), torch.cat(scores).cpu()))
+def separation(model: CseGaussianModel, clean: Iterable[list[Tensor]], corrupted: Iterable[Corrupted]) -> float:
+    """Return how far defects stand out of clean features: of log distances, the difference of means in deviations.
+
+    The deviation is that of clean positions. Positions are many where images are few, so a few defects suffice to tell
+    two models apart.
+    """
+
+    def logs(features: list[Tensor]) -> Tensor:
+        joint = model.joint_distances(features)
+        return joint.clamp(min=torch.finfo(joint.dtype).tiny).log().double()
+
+    usual = torch.cat([logs(features).flatten() for features in clean])
+    total = cover = usual.new_zeros(())
+    for features, masks in corrupted:
+        values = logs(features)
+        weights = F.adaptive_avg_pool2d(masks.double(), (values.shape[2], values.shape[3]))
+        total, cover = total + (weights * values).sum(), cover + weights.sum()
+    return float((total / cover - usual.mean()) / usual.std())

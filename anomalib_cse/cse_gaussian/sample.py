@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from .moments import Moments
 
-FEWEST_KEPT = 24  # images, whatever the memory: what is measured on mirrored ones needs as many
+FEWEST_KEPT = 24  # images, whatever the memory: to draw defects into, and to measure distances of
 BATCH = 8  # images to a pass of the backbone
 
 

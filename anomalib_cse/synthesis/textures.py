@@ -17,14 +17,14 @@ TEXTURES_AT_ONCE = 32  # generating one takes many times the memory of keeping i
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
-def textures_from(dtd_dir: str | Path, generator: Generator) -> Tensor:
-    """Return the textures that the models paint with, at most 512, ``(T, 3, 256, 256)`` uint8.
+def textures_from(dtd_dir: str | Path, generator: Generator, count: int = TEXTURES_KEPT) -> Tensor:
+    """Return the textures that a model paints with, at most ``count``, ``(T, 3, 256, 256)`` uint8.
 
     ``dtd_dir`` is a folder of photographs, as for :func:`load_textures`, or ``"builtin"`` for generated ones.
     """
     if dtd_dir == "builtin":
-        return builtin_textures(TEXTURES_KEPT, TEXTURE_SIZE, generator)
-    return load_textures(dtd_dir, TEXTURES_KEPT, TEXTURE_SIZE, generator)
+        return builtin_textures(count, TEXTURE_SIZE, generator)
+    return load_textures(dtd_dir, count, TEXTURE_SIZE, generator)
 
 
 def download_textures(folder: str | Path) -> None:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress lint types install clean bench-cost bench-compare bench-surfaces
+.PHONY: demo test stress lint types install clean bench-cost bench-compare bench-few bench-surfaces
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -44,6 +44,10 @@ bench-cost: install
 # DATA=ROOT ARGS="--categories NAME ...": the models of configs/compare/offline.yaml, or of another list with "--config LIST"
 bench-compare: install
 	$(BIN)/python benchmarks/compare.py --root $(DATA) $(ARGS)
+
+# DATA=ROOT ARGS="--categories grid ... --models CseGaussian Padim": with 1 to 32 training images, five draws of each
+bench-few: install
+	$(BIN)/python benchmarks/few.py --root $(DATA) $(ARGS)
 
 # ARGS="--output ROOT": SurfaceDemo's sets for bench-compare; with "--photographs DTD" others like them and parts too
 bench-surfaces: install

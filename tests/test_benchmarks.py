@@ -203,6 +203,31 @@ def test_cost_of_training_is_measured(name, mvtec_root, backbone):
     assert row["fit s"] > row.get("epoch s", 0) >= 0
 
 
+def test_few_images_are_as_many_as_are_asked_for_and_other_ones_in_every_draw(mvtec_root, dtd, tmp_path, monkeypatch):
+    import few
+
+    seen = []
+    fit = few.Engine.fit
+
+    def noting(self, model, datamodule):
+        seen.append(frozenset(datamodule.train_data.samples.image_path))
+        fit(self, model, datamodule=datamodule)
+
+    monkeypatch.setattr(few.Engine, "fit", noting)
+    contender = {"name": "Tiny", "class_path": "anomalib_cse.CseGaussian", "init_args": {**TINY, "dtd_dir": str(dtd)}}
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"models": [contender]}))
+    arguments = ["--config", tmp_path / "list.yaml", "--root", mvtec_root, "--categories", "tiny", "--models", "Tiny"]
+    few.main([*map(str, arguments), "--counts", "1", "3", "--draws", "2", "--output", str(tmp_path / "few")])
+    assert [len(images) for images in seen] == [1, 1, 3, 3]
+    assert seen[2] != seen[3]
+    lines = pd.read_csv(tmp_path / "few" / "results.csv")
+    means = lines.groupby("images")["image AUROC"].mean()
+    assert means.between(0.5, 1).all()
+    assert f"| Tiny | 3 | {means[3]:.3g} |" in (tmp_path / "few" / "table.md").read_text()
+    with pytest.raises(ValueError, match="tiny has 10 training images, not 11"):
+        few.main([*map(str, arguments), "--counts", "11", "--output", str(tmp_path / "few")])
+
+
 def test_surfaces_are_the_first_photographs_that_are_large_enough_and_the_same_every_time(tmp_path, capsys):
     from surfaces import main
 

@@ -1,0 +1,93 @@
+"""How accurate models are with few training images, and how long a fit takes. Run by ``make bench-few``.
+
+Every model is fitted to several draws of so many training images, the same for all models, without validation, and
+tested on all test images. The models stand in a YAML file; see ``configs/compare``. All runs are in one process, one
+after the other.
+"""
+
+import argparse
+import time
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pandas as pd
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from anomalib.metrics import AUPRO, AUROC, Evaluator
+from lightning.pytorch import seed_everything
+
+from common import QUIET, Row, hardware, markdown
+from compare import CONFIG
+from contenders import Contender, read_contenders
+
+MEANS = ["image AUROC", "AUPRO", "fit s"]
+
+
+def measure(contender: Contender, dataset: Path, count: int, draw: int) -> Row:
+    """Fit a model to ``count`` training images, the ``draw``-th choice of them, and test it.
+
+    Raises:
+        ValueError: If there are fewer images.
+    """
+    images = MVTecAD(
+        root=dataset.parent, category=dataset.name, train_batch_size=contender.train_batch_size, num_workers=0
+    )
+    images.setup()
+    there = len(images.train_data)
+    if count > there:
+        msg = f"{dataset} has {there} training images, not {count}"
+        raise ValueError(msg)
+    chosen = np.random.default_rng((draw, count)).permutation(there)[:count]
+    images.train_data = images.train_data.subsample(sorted(chosen.tolist()))
+    seed_everything(draw, verbose=False)
+    metrics = [AUROC(["pred_score", "gt_label"]), AUPRO(["anomaly_map", "gt_mask"])]
+    model = contender.build(draw, evaluator=Evaluator(test_metrics=metrics), visualizer=False)
+    with TemporaryDirectory() as folder:
+        trainer = {"max_epochs": contender.epochs(model), "default_root_dir": folder, "accelerator": "cpu", **QUIET}
+        engine = Engine(limit_val_batches=0, limit_test_batches=0, **trainer)
+        start = time.perf_counter()
+        engine.fit(model, datamodule=images)
+        seconds = time.perf_counter() - start
+        [found] = Engine(**trainer).test(model, datamodule=images, verbose=False)
+    return {"image AUROC": found["AUROC"], "AUPRO": found["AUPRO"], "fit s": seconds}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="list of models; see configs/compare")
+    parser.add_argument("--root", type=Path, required=True, help="folder of datasets in MVTec AD's layout")
+    parser.add_argument("--categories", nargs="+", required=True, help="folders in it")
+    parser.add_argument("--models", nargs="+", required=True, help="names of the list")
+    parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="of training images")
+    parser.add_argument("--draws", type=int, default=5, help="choices of so many images")
+    parser.add_argument("--output", type=Path, default=Path("results/few"))
+    options = parser.parse_args(arguments)
+    known = read_contenders(options.config)
+    if unknown := set(options.models) - known.keys():
+        parser.error(f"{options.config} has the models {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    options.models = [known[name] for name in options.models]
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, write a line for each run, and print means over draws and sets."""
+    options = parse(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for count, category, contender in product(options.counts, options.categories, options.models):
+        for draw in range(options.draws):
+            row = measure(contender, options.root / category, count, draw)
+            lines.append({"model": contender.name, "category": category, "images": count, "draw": draw, **row})
+            print(lines[-1], flush=True)
+            pd.DataFrame(lines).to_csv(options.output / "results.csv", index=False)
+    means = pd.DataFrame(lines).groupby(["model", "images"], sort=False)[MEANS].mean().reset_index()
+    text = f"{markdown(means.to_dict('records'))}\n\n{', '.join(options.categories)}\n\n{hardware()}\n"
+    (options.output / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,29 +17,22 @@ from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, Evaluator
 from lightning.pytorch import seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 
 from common import QUIET, Row, hardware, markdown
 from compare import CONFIG
 from contenders import Contender, read_contenders
 
-MEANS = ["image AUROC", "AUPRO", "fit s"]
+MEANS = {"image AUROC": "mean", "AUPRO": "mean", "fit s": "median"}
 
 
 def measure(contender: Contender, dataset: Path, count: int, draw: int) -> Row:
-    """Fit a model to ``count`` training images, the ``draw``-th choice of them, and test it.
-
-    Raises:
-        ValueError: If there are fewer images.
-    """
+    """Fit a model to ``count`` training images, the ``draw``-th choice of them, and test it."""
     images = MVTecAD(
         root=dataset.parent, category=dataset.name, train_batch_size=contender.train_batch_size, num_workers=0
     )
-    images.setup()
-    there = len(images.train_data)
-    if count > there:
-        msg = f"{dataset} has {there} training images, not {count}"
-        raise ValueError(msg)
-    chosen = np.random.default_rng((draw, count)).permutation(there)[:count]
+    images.setup(TrainerFn.FITTING)  # without a stage, the fit would do it again
+    chosen = np.random.default_rng((draw, count)).permutation(len(images.train_data))[:count]
     images.train_data = images.train_data.subsample(sorted(chosen.tolist()))
     seed_everything(draw, verbose=False)
     metrics = [AUROC(["pred_score", "gt_label"]), AUPRO(["anomaly_map", "gt_mask"])]
@@ -69,11 +62,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if unknown := set(options.models) - known.keys():
         parser.error(f"{options.config} has the models {', '.join(known)}; got {', '.join(sorted(unknown))}")
     options.models = [known[name] for name in options.models]
+    for category in options.categories:
+        there = len(list((options.root / category / "train" / "good").glob("*.png")))
+        if there < max(options.counts):
+            parser.error(f"{options.root / category} has {there} training images (.png), not {max(options.counts)}")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, write a line for each run, and print means over draws and sets."""
+    """Measure, write a line for each run, and print means over draws and sets, of seconds the medians."""
     options = parse(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -83,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
             lines.append({"model": contender.name, "category": category, "images": count, "draw": draw, **row})
             print(lines[-1], flush=True)
             pd.DataFrame(lines).to_csv(options.output / "results.csv", index=False)
-    means = pd.DataFrame(lines).groupby(["model", "images"], sort=False)[MEANS].mean().reset_index()
+    means = pd.DataFrame(lines).groupby(["model", "images"], sort=False).agg(MEANS).reset_index()
     text = f"{markdown(means.to_dict('records'))}\n\n{', '.join(options.categories)}\n\n{hardware()}\n"
     (options.output / "table.md").write_text(text)
     print(text)

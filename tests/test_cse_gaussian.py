@@ -203,6 +203,48 @@ def test_fit_and_forward_equal_numpys_of_all_images_at_once(kind):
     assert np.allclose(scored.anomaly_map, expected, rtol=1e-4)
 
 
+class Counting(Patch):
+    def __init__(self):
+        self.painted = 0
+
+    def apply(self, images, params):
+        self.painted += len(images)
+        return super().apply(images, params)
+
+
+@pytest.mark.parametrize(("images", "painted"), [(2, 16), (9, 16), (10, 16), (41, 42), (140, 128)])
+def test_as_many_images_get_defects_as_there_are_within_bounds(images, painted):
+    """Half of them in either half; own covariances are tried with ten images and more."""
+    model, synthesis = new_model(layers=(2, 3)), Counting()
+    trial = fit(model, sample_of(model, images_of("surface", images)), synthesis, 0)
+    assert synthesis.painted == painted
+    assert (trial is None) is (images < 10)
+
+
+def test_a_process_without_images_of_both_halves_tries_nothing():
+    """Sums are those of all processes, images those of the first."""
+    model = new_model(layers=(2, 3))
+    sample, others = sample_of(model, images_of("surface", 2)[1:]), sample_of(model, images_of("surface", 12))
+    for half, other in zip(sample.halves, others.halves, strict=True):
+        half.moments = other.moments
+    assert fit(model, sample, Patch(), 0) is None
+    assert model.is_fitted
+
+
+def test_the_log_says_what_was_tried(mvtec_root, dtd, tmp_path, caplog, monkeypatch):
+    tried = []
+    monkeypatch.setattr("anomalib_cse.cse_gaussian.lightning_model.fit", lambda *a: tried.append(fit(*a)) or tried[0])
+    with caplog.at_level("INFO"):
+        model = fit_with(tmp_path, datamodule=data_of(mvtec_root))
+    [trial] = tried
+    way = "their own" if trial.differ else "one for all"
+    said = (
+        f"by {trial.in_common:.2f} deviations with one covariance for all positions, by {trial.own:.2f} with their own"
+    )
+    assert any(f"{said}. They get {way}." in record.getMessage() for record in caplog.records)
+    assert {gaussian.roots.dim() for gaussian in model.model.maps} == {4 if trial.differ else 2}
+
+
 def fitted(images=None, **options):
     model = new_model(layers=(2, 3))
     images = images_of("part") if images is None else images

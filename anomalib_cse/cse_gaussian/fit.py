@@ -15,9 +15,9 @@ from .sample import BATCH, Half, TrainingSample
 from .torch_model import CseGaussianModel
 
 FEWEST_CORRUPTED, MOST_CORRUPTED = 16, 128  # as many images as there are get synthetic defects, within these bounds
+ALIKE = 1e-3  # deviation of log distances below which images are copies of one another
 ROUNDING = 1e-12  # share of a second moment that is no variance
 PRIOR = 10  # images' worth of trust in the covariance that all positions have in common
-FEWEST_TRIED = PRIOR  # images to try own covariances with: of fewer, they would count for less than half
 DRAWN, DEFECTS = 10, 11  # set apart the random numbers that one seed gives
 
 Corrupted = tuple[list[Tensor], Tensor]  # features, of each layer (B, C, h, w), and the defects' masks (B, 1, H, W)
@@ -40,8 +40,9 @@ def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynth
     """Fit a model's maps and the weights of its layers to the training images, with defects as the seed draws them.
 
     Parts lie alike in every image, and what is usual differs from place to place. On a surface nothing has a place: own
-    covariances learn no more than the images at hand. So both are tried: fitted to one half of the images, they are to
-    find synthetic defects in the other.
+    covariances learn no more than the images at hand. So both are tried: with covariances and scales of one half of the
+    images, they are to find synthetic defects in the other. As many images get such defects as there are, within
+    bounds; with several processes, as many as the first one has.
 
     Returns:
         What decided whether positions differ; ``None`` if nothing was tried, for want of images or of memory.
@@ -58,7 +59,7 @@ def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynth
     )
     model.image_size.copy_(torch.tensor(sample.kept[0].shape[-2:]))
     trial = None
-    if sample.has_positions and sum(half.moments[0].weight.max() for half in sample.halves) >= FEWEST_TRIED:
+    if sample.can_be_tried:
         fit_own(model, some.moments, factors, some.feature_batches())
         own = separation(model, others.feature_batches(), corrupted)
         fit_common(model, factors, some.feature_batches())
@@ -168,14 +169,15 @@ def mean_distances(model: CseGaussianModel, shown: Iterable[list[Tensor]]) -> li
         distances = [m.distances(f).sum(dim=(0, 1)) for m, f in zip(model.maps, features, strict=True)]
         totals = [t + d for t, d in zip(totals, distances, strict=True)] if totals else distances
         count += len(features[0])
-    return [total / count for total in totals]
+    # positions may be all alike in all images
+    return [(total / count).clamp(min=torch.finfo(total.dtype).eps) for total in totals]
 
 
 def of_rows_and_columns(means: Tensor) -> Tensor:
-    """Return what follows for a map ``(h, w)`` from the means of its rows and of its columns.
+    """Return a map ``(h, w)`` in which every position has the product of its row's and its column's mean, over all's.
 
-    The backbone's padding makes distances larger towards a border, whatever the image shows; along a border it makes
-    no difference, and what does there is the images at hand.
+    The backbone's padding makes distances larger towards a border, whatever the image shows, and by as much anywhere
+    along it; differences there come from the images.
     """
     return means.mean(dim=1, keepdim=True) * means.mean(dim=0, keepdim=True) / means.mean()
 
@@ -183,7 +185,7 @@ def of_rows_and_columns(means: Tensor) -> Tensor:
 def set_scales(model: CseGaussianModel, factors: Sequence[Tensor], means: Iterable[Tensor]) -> None:
     """Make 1 of the mean distances at every position, of each layer; weigh layers by their dimensions."""
     for gaussian, mean in zip(model.maps, means, strict=True):
-        gaussian.set("scale", 1 / mean.clamp(min=torch.finfo(mean.dtype).eps))  # it may be 0, of images all alike
+        gaussian.set("scale", 1 / mean)
     dimensions = torch.stack([f.sum() for f in factors])
     model.layer_weights.copy_((dimensions / dimensions.sum()).view(1, -1, 1, 1))
 
@@ -191,18 +193,18 @@ def set_scales(model: CseGaussianModel, factors: Sequence[Tensor], means: Iterab
 def separation(model: CseGaussianModel, clean: Iterable[list[Tensor]], corrupted: Iterable[Corrupted]) -> float:
     """Return how far defects stand out of clean features: of log distances, the difference of means in deviations.
 
-    The deviation is that of clean positions. Positions are many where images are few, so a few defects suffice to tell
-    two models apart.
+    The deviation is that of clean positions, or ``ALIKE`` if that is more. Positions are many where images are few, so
+    a few defects suffice to tell two models apart.
     """
 
     def logs(features: list[Tensor]) -> Tensor:
         joint = model.joint_distances(features)
-        return joint.clamp(min=torch.finfo(joint.dtype).tiny).log().double()
+        return joint.clamp(min=torch.finfo(joint.dtype).tiny).log().cpu().double()  # not all devices know double
 
     usual = torch.cat([logs(features).flatten() for features in clean])
     total = cover = usual.new_zeros(())
     for features, masks in corrupted:
         values = logs(features)
-        weights = F.adaptive_avg_pool2d(masks.double(), (values.shape[2], values.shape[3]))
+        weights = F.adaptive_avg_pool2d(masks.cpu().double(), (values.shape[2], values.shape[3]))
         total, cover = total + (weights * values).sum(), cover + weights.sum()
-    return float((total / cover - usual.mean()) / usual.std())
+    return float((total / cover - usual.mean()) / usual.std().clamp(min=ALIKE))

@@ -25,7 +25,7 @@ from .sample import TrainingSample
 from .torch_model import CseGaussianModel
 
 SAMPLED, TEXTURES = 13, 14  # set apart the random numbers that one seed gives; fit.py has others
-TEXTURES_READ = 64  # of at most 128 defects, a third need one
+TEXTURES_READ = 64  # of at most 128 defects, with all kinds a third need one
 
 OF_GRADIENTS = (GradientAccumulationScheduler, LearningRateFinder)
 
@@ -178,7 +178,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             trial = fit(self.model, sample, synthesis.to(self.device), seed)
             if trial is not None:
                 rank_zero_info(
-                    f"Fitted to half of the training images, synthetic defects in the other stand out by "
+                    f"With covariances of half of the training images, synthetic defects in the other stand out by "
                     f"{trial.in_common:.2f} deviations with one covariance for all positions, by {trial.own:.2f} with "
                     f"their own. They get {'their own' if trial.differ else 'one for all'}."
                 )

@@ -54,7 +54,7 @@ class GaussianMap(DynamicBufferMixin):
 
     All that it has is in buffers, NaN until it is fitted: ``mean`` ``(C,)`` and ``directions`` ``(C, D)`` lead to the
     embedding; ``roots``, ``(D, D)`` for all positions or ``(h, w, D, D)``, to coordinates whose length is the
-    distance; ``scale`` ``(h, w)`` makes 1 of its mean over defect-free images.
+    distance; ``scale`` ``(h, w)`` makes about 1 of its mean over defect-free images.
 
     Args:
         channels: C, of the layer.
@@ -86,7 +86,7 @@ class GaussianMap(DynamicBufferMixin):
         return (coordinates * coordinates).sum(dim=-1, keepdim=True).sqrt().permute(2, 3, 0, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return distances ``(B, 1, h, w)``, 1 on average, of features ``(B, C, h, w)``."""
+        """Return distances ``(B, 1, h, w)``, about 1 on average, of features ``(B, C, h, w)``."""
         return self.distances(features) * self.scale
 
 

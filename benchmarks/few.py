@@ -1,8 +1,8 @@
 """How accurate models are with few training images, and how long a fit takes. Run by ``make bench-few``.
 
 Every model is fitted to several draws of so many training images, the same for all models, without validation, and
-tested on all test images. The models stand in a YAML file; see ``configs/compare``. The draws of a model, set and number
-are one process: Patchcore's coreset leaves gigabytes behind, and the remedy in ``common.py`` would slow its fit.
+tested on all test images. The models stand in a YAML file; see ``configs/compare``. The draws of one model, set and
+number are a process: Patchcore's coreset leaves gigabytes behind, and the remedy in ``common.py`` would slow its fit.
 """
 
 import argparse

@@ -61,7 +61,7 @@ def models(trained, images):
     models = {"Cse": trained["Cse"][0], "own": trained["CseGaussian"][0], "common": trained["CseGaussian"][0]}
     models = {name: copy.deepcopy(model).eval() for name, model in models.items()}
     for own, common in zip(models["own"].model.maps, models["common"].model.maps, strict=True):
-        root = own.roots.flatten(0, -3)[0].clone()
+        root = own.roots.reshape(-1, *own.roots.shape[-2:])[0].clone()  # whichever the fit took
         own.set("roots", root.expand(*own.scale.shape, -1, -1) + torch.rand(*own.scale.shape, *root.shape) / 10)
         common.set("roots", root)
     for model in models.values():

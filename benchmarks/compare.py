@@ -34,7 +34,7 @@ from anomalib_cse import Cse
 from anomalib_cse.deployment import fixed_size
 
 from common import OPSET, QUIET, Row, exported_size, hardware, in_child, peak_memory
-from contenders import Contender, read_contenders
+from contenders import Contender, chosen
 from report import METRICS, contact_sheet, not_run, table, trade_off
 
 CONFIG = Path(__file__).parents[1] / "configs" / "compare" / "offline.yaml"
@@ -274,10 +274,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for category in options.categories:
         if not (options.root / category / "train" / "good").is_dir():
             parser.error(f"{options.root / category} has no train/good: --root and --categories must lead to a dataset")
-    known = read_contenders(options.config)
-    if unknown := set(options.models or ()) - known.keys():
-        parser.error(f"{options.config} has the models {', '.join(known)}; got {', '.join(sorted(unknown))}")
-    options.models = [known[name] for name in options.models or known]
+    options.models = chosen(parser, options.config, options.models)
     return options
 
 

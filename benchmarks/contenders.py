@@ -1,7 +1,8 @@
 """The models that are compared, as a YAML file lists them; see ``configs/compare``."""
 
+import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -88,6 +89,14 @@ def read_contenders(file: Path) -> dict[str, Contender]:
             raise ValueError(msg)
         contenders[contender.name] = contender
     return contenders
+
+
+def chosen(parser: argparse.ArgumentParser, config: Path, names: Sequence[str] | None) -> list[Contender]:
+    """Return the models of a YAML file that were asked for on the command line, or all of them."""
+    known = read_contenders(config)
+    if unknown := set(names or ()) - known.keys():
+        parser.error(f"{config} has the models {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    return [known[name] for name in names or known]
 
 
 def normalised(model: type[AnomalibModule], backbone: str) -> PreProcessor:

@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from common import QUIET, Row, hardware, markdown
 from compare import CONFIG
-from contenders import Contender, read_contenders
+from contenders import Contender, chosen
 
 MEANS = {"image AUROC": "mean", "AUPRO": "mean", "fit s": "median"}
 
@@ -34,8 +34,8 @@ def measure(contender: Contender, dataset: Path, count: int, draw: int) -> Row:
         root=dataset.parent, category=dataset.name, train_batch_size=contender.train_batch_size, num_workers=0
     )
     images.setup(TrainerFn.FITTING)  # without a stage, the fit would do it again
-    chosen = np.random.default_rng((draw, count)).permutation(len(images.train_data))[:count]
-    images.train_data = images.train_data.subsample(sorted(chosen.tolist()))
+    drawn = np.random.default_rng((draw, count)).permutation(len(images.train_data))[:count]
+    images.train_data = images.train_data.subsample(sorted(drawn.tolist()))
     seed_everything(draw, verbose=False)
     metrics = [AUROC(["pred_score", "gt_label"]), AUPRO(["anomaly_map", "gt_mask"])]
     model = contender.build(draw, evaluator=Evaluator(test_metrics=metrics), visualizer=False)
@@ -67,10 +67,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=5, help="choices of so many images")
     parser.add_argument("--output", type=Path, default=Path("results/few"))
     options = parser.parse_args(arguments)
-    known = read_contenders(options.config)
-    if unknown := set(options.models) - known.keys():
-        parser.error(f"{options.config} has the models {', '.join(known)}; got {', '.join(sorted(unknown))}")
-    options.models = [known[name] for name in options.models]
+    options.models = chosen(parser, options.config, options.models)
     for category in options.categories:
         there = len(list((options.root / category / "train" / "good").glob("*.png")))
         if there < max(options.counts):

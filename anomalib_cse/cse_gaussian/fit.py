@@ -18,6 +18,7 @@ FEWEST_CORRUPTED, MOST_CORRUPTED = 16, 128  # as many images as there are get sy
 ALIKE = 1e-3  # deviation of log distances below which images are copies of one another
 ROUNDING = 1e-12  # share of a second moment that is no variance
 PRIOR = 10  # images' worth of trust in the covariance that all positions have in common
+FEWEST_TRIED = PRIOR  # images to try own covariances with: of fewer, they would count for less than half
 DRAWN, DEFECTS = 10, 11  # set apart the random numbers that one seed gives
 
 Corrupted = tuple[list[Tensor], Tensor]  # features, of each layer (B, C, h, w), and the defects' masks (B, 1, H, W)
@@ -59,7 +60,7 @@ def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynth
     )
     model.image_size.copy_(torch.tensor(sample.kept[0].shape[-2:]))
     trial = None
-    if sample.can_be_tried:
+    if sample.can_be_tried(FEWEST_TRIED):
         fit_own(model, some.moments, factors, some.feature_batches())
         own = separation(model, others.feature_batches(), corrupted)
         fit_common(model, factors, some.feature_batches())

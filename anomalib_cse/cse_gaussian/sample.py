@@ -9,7 +9,6 @@ from torch import Generator, Tensor
 from .moments import Moments
 
 FEWEST_KEPT = 24  # images, whatever the memory: to draw defects into, and to measure distances of
-FEWEST_TRIED = 10  # images to try own covariances with: of fewer, they would count for less than half
 BATCH = 8  # images to a pass of the backbone
 
 
@@ -87,14 +86,13 @@ class TrainingSample:
         """How many images have been added."""
         return sum(half.count for half in self.halves)
 
-    @property
-    def can_be_tried(self) -> bool:
-        """Whether own covariances can be tried: with moments of positions, enough images, and some kept of both halves.
+    def can_be_tried(self, fewest: int) -> bool:
+        """Whether own covariances can be tried: with moments of positions, of so many images, some kept of both halves.
 
         With several processes the moments are those of all, the images those of the first.
         """
         images = sum(float(half.moments[0].weight.max()) for half in self.halves)
-        return self.has_positions and images >= FEWEST_TRIED and all(half.images for half in self.halves)
+        return self.has_positions and images >= fewest and all(half.images for half in self.halves)
 
     @property
     def kept(self) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Images and masks that cannot be read, or not as they are, called by the name of their file; images that are none."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any, cast
@@ -39,9 +39,9 @@ def pairs_of(dataset: object) -> list[tuple[str, str]]:
     return list(zip(images, masks, strict=True))
 
 
-def files_of(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    """Return the files of images and their masks."""
-    return [path for pair in pairs for path in pair if path]
+def files_of(dataset: object) -> list[str]:
+    """Return the files that a dataset reads, images and masks; none of a dataset that does not name them."""
+    return [path for pair in pairs_of(dataset) for path in pair if path]
 
 
 def reason_unreadable(path: str) -> str:
@@ -63,19 +63,18 @@ def check_files(kind: str, *datasets: object) -> None:
     empty = []
     for path, mask_path in track(pairs, description=f"Reading {kind} images"):
         try:
-            image, mask = (read_rgb(file) if file else None for file in (path, mask_path))
+            image, mask = read_rgb(path), read_rgb(mask_path) if mask_path else None
         except ValueError as error:
             msg = f"{kind} file {error}"
             raise ValueError(msg) from error
-        if image is None or mask is None:
-            continue
-        check_mask(path, image.size, mask_path, mask.size)
-        if mask.getbbox() is None:
-            empty.append(mask_path)
+        if mask is not None:
+            check_mask(path, image.size, mask_path, mask.size)
+            if mask.getbbox() is None:
+                empty.append(mask_path)
     if empty:
         msg = f"{empty[0]}, the mask of a defect, is empty: pixel metrics count all of its image as good"
         warnings.warn(msg + and_others(empty), stacklevel=2)
-    warn_of_files(files_of(pairs))
+    warn_of_files(file for pair in pairs for file in pair if file)
 
 
 def check_mask(path: str, size: tuple[int, int], mask_path: str, mask_size: tuple[int, int]) -> None:
@@ -125,7 +124,7 @@ class ImageCheck(Callback):
         """Look at the training images, before any are held out."""
         del pl_module
         data = getattr(trainer, "datamodule", None) if stage == TrainerFn.FITTING else None
-        self.training_files = files_of(pairs_of(getattr(data, "train_data", None)))
+        self.training_files = files_of(getattr(data, "train_data", None))
         warn_of_files(self.training_files)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,20 +139,17 @@ class ImageCheck(Callback):
         """Look at the validation images, where no fit has."""
         del pl_module
         if trainer.state.fn == TrainerFn.VALIDATING:
-            for dataset in datasets_of(trainer.val_dataloaders):
-                warn_of_files(files_of(pairs_of(dataset)))
+            warn_of_loaded(trainer.val_dataloaders)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the test images."""
         del pl_module
-        for dataset in datasets_of(trainer.test_dataloaders):
-            warn_of_files(files_of(pairs_of(dataset)))
+        warn_of_loaded(trainer.test_dataloaders)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the images."""
         del pl_module
-        for dataset in datasets_of(trainer.predict_dataloaders):
-            warn_of_files(files_of(pairs_of(dataset)))
+        warn_of_loaded(trainer.predict_dataloaders)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Add to an error from reading images which file it was."""
@@ -167,11 +163,17 @@ class ImageCheck(Callback):
             trainer.predict_dataloaders,
         )
         datasets = (dataset for loaders in used for dataset in datasets_of(loaders))
-        loaded = (path for dataset in datasets for path in files_of(pairs_of(dataset)))
+        loaded = (path for dataset in datasets for path in files_of(dataset))
         files = dict.fromkeys((*self.training_files, *loaded))
         reason = next(filter(None, map(reason_unreadable, files)), "")
         if reason:
             exception.add_note(reason)
+
+
+def warn_of_loaded(loaders: object) -> None:
+    """Warn of files that dataloaders read and that are not what they seem."""
+    for dataset in datasets_of(loaders):
+        warn_of_files(files_of(dataset))
 
 
 def datasets_of(loaders: object) -> Iterator[Dataset]:

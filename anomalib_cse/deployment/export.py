@@ -22,23 +22,27 @@ CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 
 
 def check_compression(kind: CompressionType | None, datamodule: AnomalibDataModule | None) -> None:
-    """Raise a ``ValueError`` if a compression cannot be had, or lacks the images that it takes ranges from."""
+    """Raise a ``ValueError`` if a compression cannot be had, or lacks the images that it takes ranges from.
+
+    Those are prepared and read here, before anything is written.
+    """
     if kind not in (None, CompressionType.FP16, CompressionType.INT8, CompressionType.INT8_PTQ):
         msg = (
             "compression_type: take FP16, INT8 or INT8_PTQ (INT8_ACQ would quantise the resizing of images), "
             f"got {kind}"
         )
         raise ValueError(msg)
-    if kind == CompressionType.INT8_PTQ and datamodule is None:
+    if kind != CompressionType.INT8_PTQ:
+        return
+    if datamodule is None:
         msg = "compression_type INT8_PTQ takes ranges from images: give a datamodule (--data on the command line)"
         raise ValueError(msg)
-    if kind == CompressionType.INT8_PTQ and datamodule is not None:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        if not getattr(datamodule, "val_data", None):
-            msg = f"compression_type INT8_PTQ takes ranges from validation images, of which {datamodule.name} has none"
-            raise ValueError(msg)
-        check_files("validation", datamodule.val_data)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    if not getattr(datamodule, "val_data", None):
+        msg = f"compression_type INT8_PTQ takes ranges from validation images, of which {datamodule.name} has none"
+        raise ValueError(msg)
+    check_files("validation", datamodule.val_data)
 
 
 def keep_single_precision(path: Path, *, only_before_convolution: bool = False) -> None:

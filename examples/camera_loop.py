@@ -4,13 +4,16 @@
 
 Needs openvino, opencv and numpy alone. The exported model takes frames of any size; its scores are scaled so that the
 threshold it was trained to is 0.5. A higher ``--threshold`` rejects less: choose it on images of your own line, such
-that as many good ones are rejected as you can look at again.
+that as many good ones are rejected as you can look at again. A model trained with a ``reject_rate`` knows which scores
+good images have; where recent ones have moved away from these, a line says so.
 """
 
 import argparse
+import math
+import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -63,6 +66,42 @@ def frames(source: str) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{number:06}", image
 
 
+class Drift:
+    """Tell when recent scores have moved away from those of good training images.
+
+    Their median counts, as a few defects do not change it.
+
+    Args:
+        model: The exported model, which holds mean and deviation of the logarithms of such scores.
+    """
+
+    RECENT = 100  # frames
+    MOVED = 0.5  # deviations: 1 % of rejected good images then becomes 3 %
+
+    def __init__(self, model: openvino.Model) -> None:
+        names = ("mean", "deviation", "threshold", "range")
+        self.usual = {name: float(model.get_rt_info(["good_scores", name]).value) for name in names}
+        self.recent = deque[float](maxlen=self.RECENT)
+        self.has_moved = False
+
+    def add(self, score: float) -> str:
+        """Return what to say after another score: nothing, unless the recent ones begin or cease to be unusual."""
+        raw = (score - 0.5) * self.usual["range"] + self.usual["threshold"]
+        self.recent.append(math.log(max(raw, 1e-38)))
+        if len(self.recent) < self.RECENT:
+            return ""
+        shift = (statistics.median(self.recent) - self.usual["mean"]) / self.usual["deviation"]
+        if (abs(shift) > self.MOVED) == self.has_moved:
+            return ""
+        self.has_moved = not self.has_moved
+        if not self.has_moved:
+            return f"the last {self.RECENT} scores are usual again"
+        return (
+            f"the last {self.RECENT} scores have moved by {shift:+.1f} deviations from those of good training images: "
+            "if these frames show good parts, the rate of rejects is no longer that of training"
+        )
+
+
 def side_by_side(frame: np.ndarray, anomaly_map: np.ndarray) -> np.ndarray:
     """A frame, at the size of its map, and the map in colours; with a crop in the model, the map is of that part."""
     colours = cv2.applyColorMap((255 * anomaly_map).astype(np.uint8), cv2.COLORMAP_JET)
@@ -88,11 +127,14 @@ def main() -> None:
     # one stream with all cores: in several, OpenVINO 2026.4 gives all images one score with 8-bit weights (INT8)
     hints = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": 1}
     try:
-        compiled = openvino.Core().compile_model(options.model, "CPU", hints)
+        core = openvino.Core()
+        model = core.read_model(options.model)
+        compiled = core.compile_model(model, "CPU", hints)
     except RuntimeError as error:
         raise SystemExit(f"{options.model} is no model that OpenVINO reads, with its .bin beside it: {error}") from None
     if not any("pred_label" in output.names for output in compiled.outputs):
         raise SystemExit(f"{options.model} has no threshold: train it with validation images")
+    drift = Drift(model) if model.has_rt_info(["good_scores", "mean"]) else None
     queue = openvino.AsyncInferQueue(compiled, jobs=2)  # one frame is read and written while another is scored
     counted = Counter[str]()
 
@@ -101,6 +143,9 @@ def main() -> None:
         score = request.get_tensor("pred_score").data.item()
         print(f"{name} {score:.4f}")
         counted["frames"] += 1
+        said = drift.add(score) if drift else ""
+        if said:
+            print(said, file=sys.stderr)
         if score > options.threshold:
             counted["rejected"] += 1
             picture = side_by_side(frame, request.get_tensor("anomaly_map").data.squeeze())

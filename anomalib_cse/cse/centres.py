@@ -1,8 +1,20 @@
-"""Centres of defect-free images (Section 3.5)."""
+"""Centres of defect-free images (Section 3.5), and scores of images that had no part in them."""
+
+import copy
 
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from ..deployment import UnseenScores
+from ..synthesis import generator_for
+from .pairs import Pairing
+from .reading import paths_of
+from .torch_model import CseModel
+
+MOST_CLUSTERED = 8192  # images for k-means, drawn at random beyond that, so that memory is bounded
+CLUSTERED = 5  # sets its random numbers apart from others of the same seed
 
 
 def image_centres(embeddings: Tensor, count: int, seed: int) -> Tensor:
@@ -18,3 +30,24 @@ def image_centres(embeddings: Tensor, count: int, seed: int) -> Tensor:
     """
     kmeans = KMeans(n_clusters=count, n_init=3, random_state=seed).fit(embeddings.flatten(1).cpu().double().numpy())
     return torch.from_numpy(kmeans.cluster_centers_).to(embeddings).view(count, *embeddings.shape[1:])
+
+
+def fit_centres(model: CseModel, pairing: Pairing, images: Dataset, size: tuple[int, int], seed: int) -> None:
+    """Give a model the centres of images, as its embedder has them; K is no more than there are."""
+    count = len(images)  # type: ignore[arg-type]
+    if count > MOST_CLUSTERED:
+        drawn = torch.randperm(count, generator=generator_for(seed, CLUSTERED))[:MOST_CLUSTERED]
+        images = Subset(images, sorted(drawn.tolist()))
+    embeddings = torch.cat([model.embed(features) for features in pairing.clean_features(images)])
+    model.set_centres(image_centres(embeddings, min(model.num_centres, count), seed), size)
+
+
+@torch.no_grad()
+def unseen_scores(model: CseModel, pairing: Pairing, size: tuple[int, int], seed: int) -> UnseenScores | None:
+    """Score the held-out images by a model's embedder and the centres of those that train; ``None`` without any."""
+    if pairing.held_out is None:
+        return None
+    trial = copy.deepcopy(model, {id(model.backbone): model.backbone})  # the cache has most features
+    fit_centres(trial, pairing, pairing.training, size, seed)
+    scored = [trial.score(features, size) for features in pairing.clean_features(pairing.held_out)]
+    return UnseenScores.of(scored, paths_of(pairing.held_out))

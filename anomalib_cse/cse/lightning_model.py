@@ -19,13 +19,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from ..checks import check_budget_and_seed, check_defects, check_number, plain
-from ..deployment import DeploymentMixin, choose_pre_processor
+from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
 from ..features import pool
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
-from .centres import image_centres
+from .centres import fit_centres, unseen_scores
 from .hold_out import HoldOut
 from .loss import CseLoss
 from .pairs import Pairing, Pairs
@@ -36,9 +36,7 @@ from .resuming import ResumingMixin
 from .torch_model import CseModel, Decoder, Embedder
 
 DEFAULT_EPOCHS = 100  # Section 4.1
-MOST_CLUSTERED = 8192  # images for k-means, drawn at random beyond that, so that memory is bounded
-# set apart the random numbers that one seed gives; other files here have 0 to 2, and 4
-TEXTURES, CLUSTERED = 3, 5
+TEXTURES = 3  # sets its random numbers apart from others of the same seed
 
 
 class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
@@ -67,6 +65,8 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         image_size: Height and width that images are resized to; ``None`` is 256x256, cropped to 224x224.
         center_crop_size: Height and width cropped out of that.
         memory_budget: Most bytes of features of clean images that are kept between epochs; 0 keeps none.
+        reject_rate: Share of good images to be called anomalous, in (0, 0.5]: the thresholds come from held-out images.
+            ``None`` takes the best F1 on the validation images, or 0.01 if none of them has a defect.
         seed: Decides initial weights, hold-out, order, pairs and defects, in [0, 2^32); ``None`` takes torch's seed.
         pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
 
@@ -100,6 +100,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         image_size: tuple[int, int] | None = None,
         center_crop_size: tuple[int, int] | None = None,
         memory_budget: int = 4 * 2**30,
+        reject_rate: float | None = None,
         seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -113,7 +114,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         check_defects(KINDS, defects, dtd_dir, download_dtd)
         super().__init__(
             pre_processor=choose_pre_processor(pre_processor, image_size, center_crop_size, papers_crop=(224, 224)),
-            post_processor=post_processor,
+            post_processor=choose_post_processor(post_processor, reject_rate),
             evaluator=evaluator,
             visualizer=visualizer,
         )
@@ -239,6 +240,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         """Deploy the embedder if it is the best yet, where there is no validation."""
         if self.pairing is not None and not self.trainer.enable_validation:
             self.deploy_if_best(self.pairing)
+            self.set_thresholds()
 
     @torch.no_grad()
     def deploy_if_best(self, pairing: Pairing) -> None:
@@ -254,7 +256,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         if self.scores_changed:
             self.best_loss.copy_(loss)
             self.model.embedder.load_state_dict(weights)
-            self.fit_centres(pairing)
+            fit_centres(self.model, pairing, pairing.defect_free, self.image_size, int(self.fit_seed))
             self.share_fitted()
 
     def hold_out_loss(self, pairing: Pairing) -> Tensor:
@@ -271,14 +273,12 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         self.train()
         return total / count
 
-    def fit_centres(self, pairing: Pairing) -> None:
-        """Cluster the pooled embeddings of all defect-free training images (Section 3.5)."""
-        images, seed = pairing.defect_free, int(self.fit_seed)
-        if pairing.count > MOST_CLUSTERED:
-            drawn = torch.randperm(pairing.count, generator=generator_for(seed, CLUSTERED))[:MOST_CLUSTERED]
-            images = Subset(images, sorted(drawn.tolist()))
-        embeddings = torch.cat([self.model.embed(features) for features in pairing.clean_features(images)])
-        self.model.set_centres(image_centres(embeddings, self.model.num_centres, seed), self.image_size)
+    def unseen_scores(self) -> UnseenScores | None:
+        """Score the held-out images; ``None`` if there are none."""
+        if self.pairing is None:
+            return None
+        scores = unseen_scores(self.model, self.pairing, self.image_size, int(self.fit_seed))
+        return self.trainer.strategy.broadcast(scores)
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
         """Score images ``(B, 3, H, W)``; while fitting from features that are kept."""

@@ -88,6 +88,8 @@ class Pairing:
         images = hold_out.all_images
         self.caches = memory_budget > 0 and images is not None  # a user's own may differ at each reading
         self.defect_free = loader.dataset if images is None else without_augmentations(images)  # held out or not
+        training = hold_out.training
+        self.training = loader.dataset if training is None else without_augmentations(training)
         self.caches_training = not is_augmented(images)
         self.loader = loader
         self.transform = transform
@@ -96,6 +98,7 @@ class Pairing:
     def limit(self, count: int) -> None:
         """Take no more than so many images to hold out and to fit centres to, as ``fast_dev_run`` wants."""
         self.defect_free = first(self.defect_free, count)
+        self.training = first(self.training, count)
         self.held_out = None if self.held_out is None else first(self.held_out, count)
 
     @property

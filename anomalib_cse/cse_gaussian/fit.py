@@ -1,7 +1,9 @@
 """The closed form: directions, then covariances and scales, by clean and corrupted images."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from itertools import chain
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from ..synthesis import AnomalySynthesis, generator_for
 from .moments import RIDGE, Moments, contrastive_directions, evidence, inverse_root
-from .sample import BATCH, Half, TrainingSample
+from .sample import BATCH, FOLDS, Half, TrainingSample
 from .torch_model import CseGaussianModel
 
 FEWEST_CORRUPTED, MOST_CORRUPTED = 16, 128  # as many images as there are get synthetic defects, within these bounds
@@ -21,7 +23,13 @@ PRIOR = 10  # images' worth of trust in the covariance that all positions have i
 FEWEST_TRIED = PRIOR  # images to try own covariances with: of fewer, they would count for less than half
 DRAWN, DEFECTS = 10, 11  # set apart the random numbers that one seed gives
 
-Corrupted = tuple[list[Tensor], Tensor]  # features, of each layer (B, C, h, w), and the defects' masks (B, 1, H, W)
+
+class Corrupted(NamedTuple):
+    """B images with synthetic defects: features of each layer ``(B, C, h, w)``, masks ``(B, 1, H, W)``, folds."""
+
+    features: list[Tensor]
+    masks: Tensor
+    folds: list[int]
 
 
 class Trial(NamedTuple):
@@ -36,8 +44,24 @@ class Trial(NamedTuple):
         return self.own > self.in_common
 
 
+class Fit(NamedTuple):
+    """What a model was fitted by, beside the sample: moments of defects, and what decided whether positions differ.
+
+    Moments are of the defects in images of each fold, and of each layer. The trial is ``None`` if nothing was tried,
+    for want of images or of memory.
+    """
+
+    defects: list[list[Moments]]
+    trial: Trial | None
+
+    @property
+    def differ(self) -> bool:
+        """Whether positions have covariances of their own."""
+        return self.trial is not None and self.trial.differ
+
+
 @torch.no_grad()
-def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynthesis, seed: int) -> Trial | None:
+def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynthesis, seed: int) -> Fit:
     """Fit a model's maps and the weights of its layers to the training images, with defects as the seed draws them.
 
     Parts lie alike in every image, and what is usual differs from place to place. On a surface nothing has a place: own
@@ -45,19 +69,17 @@ def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynth
     images, they are to find synthetic defects in the other. As many images get such defects as there are, within
     bounds; with several processes, as many as the first one has.
 
-    Returns:
-        What decided whether positions differ; ``None`` if nothing was tried, for want of images or of memory.
-
     Raises:
         ValueError: If features are not finite or all alike, or no synthetic defect is there or stands out in a layer.
     """
     model.layer_weights.fill_(torch.nan)  # so that what fails half-way is not taken for fitted
     some, others = sample.halves
     count = -(-min(max(sample.count, FEWEST_CORRUPTED), MOST_CORRUPTED) // 2)  # of either half
-    corrupted = list(corrupted_features(model, others, synthesis, count, seed, 1))  # for the trial too
-    factors = fit_directions(
-        model, sample, chain(corrupted_features(model, some, synthesis, count, seed, 0), corrupted)
-    )
+    corrupted = list(corrupted_features(model, others, synthesis, count, seed))  # for the trial too
+    drawn = chain(corrupted_features(model, some, synthesis, count, seed), corrupted)
+    defects = defect_moments(drawn, some.moments)
+    of_halves = zip(some.moments, others.moments, strict=True)
+    factors = fit_directions(model, [(a + b).pooled() for a, b in of_halves], over_folds(defects))
     model.image_size.copy_(torch.tensor(sample.kept[0].shape[-2:]))
     trial = None
     if sample.can_be_tried(FEWEST_TRIED):
@@ -66,12 +88,12 @@ def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynth
         fit_common(model, factors, some.feature_batches())
         trial = Trial(separation(model, others.feature_batches(), corrupted), own)
     shown = chain(some.feature_batches(), others.feature_batches())
-    if trial and trial.differ:
+    if trial is not None and trial.differ:
         moments = [a + b for a, b in zip(some.moments, others.moments, strict=True)]
         fit_own(model, moments, factors, shown)
     else:
         fit_common(model, factors, shown)
-    return trial
+    return Fit(defects, trial)
 
 
 def draw(count: int, images: int, *numbers: int) -> list[int]:
@@ -82,27 +104,42 @@ def draw(count: int, images: int, *numbers: int) -> list[int]:
 
 
 def corrupted_features(
-    model: CseGaussianModel, half: Half, synthesis: AnomalySynthesis, count: int, seed: int, number: int
+    model: CseGaussianModel, half: Half, synthesis: AnomalySynthesis, count: int, seed: int
 ) -> Iterator[Corrupted]:
     """Give the features of sampled images with synthetic defects, and the defects' masks."""
     if not half.images:
         return
-    drawn = draw(count, len(half.images), seed, DRAWN, number)
+    drawn = draw(count, len(half.images), seed, DRAWN, half.number)
     for start in track(range(0, len(drawn), BATCH), description="Drawing defects"):
-        images = torch.stack([half.images[i] for i in drawn[start : start + BATCH]])
-        params = synthesis.sample(images.shape, generator_for(seed, DEFECTS, number, start))
-        yield model.smoothed_features(synthesis.apply(images, params)), params.mask.to(images.device)
+        places = drawn[start : start + BATCH]
+        images = torch.stack([half.images[i] for i in places])
+        params = synthesis.sample(images.shape, generator_for(seed, DEFECTS, half.number, start))
+        features = model.smoothed_features(synthesis.apply(images, params))
+        yield Corrupted(features, params.mask.to(images.device), [half.folds[i] for i in places])
 
 
-def fit_directions(model: CseGaussianModel, sample: TrainingSample, corrupted: Iterable[Corrupted]) -> list[Tensor]:
-    """Select the embedding of every map; return what a squared deviation along its directions says, ``(D,)`` each."""
-    of_halves = zip(*(half.moments for half in sample.halves), strict=True)
-    background = [(a + b).pooled() for a, b in of_halves]
-    defects = [Moments(len(m.mean), device=m.first.device) for m in background]
-    for features, masks in corrupted:
-        for moments, f in zip(defects, features, strict=True):
-            cover = F.adaptive_avg_pool2d(masks.float(), (f.shape[2], f.shape[3]))
-            moments.add(f.movedim(1, -1).flatten(0, 2), cover.flatten())
+def defect_moments(corrupted: Iterable[Corrupted], like: Sequence[Moments]) -> list[list[Moments]]:
+    """Return moments of the features of synthetic defects, by fold and layer; those of ``like`` are of these layers."""
+    folds = [[Moments(m.first.shape[-1], device=m.first.device) for m in like] for _ in range(FOLDS)]
+    for drawn in corrupted:
+        for layer, f in enumerate(drawn.features):
+            cover = F.adaptive_avg_pool2d(drawn.masks.float(), (f.shape[2], f.shape[3]))
+            for fold, vectors, weights in zip(drawn.folds, f.movedim(1, -1), cover, strict=True):
+                folds[fold][layer].add(vectors.flatten(0, 1), weights.flatten())
+    return folds
+
+
+def over_folds(moments: Sequence[list[Moments]]) -> list[Moments]:
+    """Return the moments of all folds taken together, of each layer."""
+    return [reduce(add, layer) for layer in zip(*moments, strict=True)]
+
+
+def fit_directions(model: CseGaussianModel, background: Sequence[Moments], defects: Sequence[Moments]) -> list[Tensor]:
+    """Select the embedding of every map by moments of clean features and of defects, of all positions together.
+
+    Returns:
+        What a squared deviation along the directions says, ``(D,)`` of each layer.
+    """
     factors = []
     for level, gaussian, clean, defect in zip(model.backbone.levels, model.maps, background, defects, strict=True):
         check_moments(level, clean, defect)
@@ -204,8 +241,8 @@ def separation(model: CseGaussianModel, clean: Iterable[list[Tensor]], corrupted
 
     usual = torch.cat([logs(features).flatten() for features in clean])
     total = cover = usual.new_zeros(())
-    for features, masks in corrupted:
-        values = logs(features)
-        weights = F.adaptive_avg_pool2d(masks.cpu().double(), (values.shape[2], values.shape[3]))
+    for drawn in corrupted:
+        values = logs(drawn.features)
+        weights = F.adaptive_avg_pool2d(drawn.masks.cpu().double(), (values.shape[2], values.shape[3]))
         total, cover = total + (weights * values).sum(), cover + weights.sum()
     return float((total / cover - usual.mean()) / usual.std().clamp(min=ALIKE))

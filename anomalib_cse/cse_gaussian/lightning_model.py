@@ -18,10 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ..checks import check_budget_and_seed, check_defects, plain
-from ..deployment import DeploymentMixin, choose_pre_processor
+from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
-from .fit import fit
-from .sample import TrainingSample
+from .fit import Fit, fit
+from .folds import unseen_scores
+from .sample import FOLDS, TrainingSample
 from .torch_model import CseGaussianModel
 
 SAMPLED, TEXTURES = 13, 14  # set apart the random numbers that one seed gives; fit.py has others
@@ -50,6 +51,9 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         center_crop_size: Height and width cropped out of that.
         memory_budget: Most bytes of sums, images and features that are kept of the training images, but 24 images at
             least; features of 64 corrupted ones come on top.
+        reject_rate: Share of good images to be called anomalous, in (0, 0.5]: the thresholds come from training images,
+            each scored by a fit without it. ``None`` takes the best F1 on the validation images, or 0.01 if none of
+            them has a defect.
         seed: Decides sample and defects, in [0, 2^32); ``None`` takes torch's seed.
         pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
 
@@ -73,6 +77,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         image_size: tuple[int, int] | None = None,
         center_crop_size: tuple[int, int] | None = None,
         memory_budget: int = 2**30,
+        reject_rate: float | None = None,
         seed: int | None = None,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -85,7 +90,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         check_defects(KINDS, defects, dtd_dir, download_dtd)
         super().__init__(
             pre_processor=choose_pre_processor(pre_processor, image_size, center_crop_size),
-            post_processor=post_processor,
+            post_processor=choose_post_processor(post_processor, reject_rate),
             evaluator=evaluator,
             visualizer=visualizer,
         )
@@ -97,6 +102,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         self.unused = nn.Parameter(torch.zeros(()))
         self.sample: TrainingSample | None = None  # while fitting
         self.synthesis: AnomalySynthesis | None = None  # likewise
+        self.fitted: tuple[TrainingSample, Fit] | None = None  # in the first process, from fit to the end of fitting
 
     @property
     def trainer_arguments(self) -> dict[str, int]:
@@ -116,7 +122,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     def setup(self, stage: str) -> None:
         """Check the trainer; raise a ``ValueError`` if it cannot fit the model in one epoch."""
         super().setup(stage)
-        self.sample = self.synthesis = None  # of a fit that broke off
+        self.sample = self.synthesis = self.fitted = None  # of a fit that broke off
         if stage != TrainerFn.FITTING:
             return
         check_single_pass(self.trainer)
@@ -151,7 +157,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         assert self.sample is not None  # since on_train_start
         images = cast(Tensor, batch.image)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # as images are scored
-            self.sample.add(images, self.model.smoothed_features(images))
+            self.sample.add(images, self.model.smoothed_features(images), batch.image_path)
         return self.unused if self.trainer.world_size > 1 else None
 
     def on_validation_start(self) -> None:
@@ -162,6 +168,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     def on_train_epoch_end(self) -> None:
         """Fit where there is no validation, and stop, however many epochs the trainer has been given."""
         self.fit()
+        self.set_thresholds()
         self.trainer.should_stop = True
 
     @torch.no_grad()
@@ -175,7 +182,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         if self.trainer.world_size > 1:
             sample.sum_over_processes(lambda values: strategy.reduce(values, reduce_op="sum"))
         if synthesis is not None:  # in the first process
-            trial = fit(self.model, sample, synthesis.to(self.device), seed)
+            fitted = fit(self.model, sample, synthesis.to(self.device), seed)
+            self.fitted, trial = (sample, fitted), fitted.trial
             if trial is not None:
                 rank_zero_info(
                     f"With covariances of half of the training images, synthetic defects in the other stand out by "
@@ -183,6 +191,21 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
                     f"their own. They get {'their own' if trial.differ else 'one for all'}."
                 )
         self.share_fitted()
+
+    def unseen_scores(self) -> UnseenScores | None:
+        """Score the sampled training images by cross-validation; ``None`` if there are too few."""
+        strategy = self.trainer.strategy
+        count = self.fitted[0].count if self.fitted else 0
+        scores = None
+        if self.fitted and count >= FOLDS:
+            (sample, fitted), self.fitted = self.fitted, None
+            scores = unseen_scores(self.model, sample, fitted)
+        return strategy.broadcast(scores)
+
+    def on_fit_end(self) -> None:
+        """Let go of the training images."""
+        super().on_fit_end()
+        self.fitted = None
 
 
 def check_single_pass(trainer: Trainer) -> None:

@@ -67,6 +67,11 @@ class Moments:
         self.first += weighted.sum(dim=-2)
         self.second += weighted.mT @ vectors
 
+    def add_maps(self, features: Tensor) -> None:
+        """Add feature maps ``(B, C, h, w)``, every position for itself if the grid has positions."""
+        at_positions = features.permute(2, 3, 0, 1)  # (h, w, B, C)
+        self.add(at_positions if self.weight.dim() > 1 else at_positions.flatten(0, 2))
+
     def of_sums(self, weight: Tensor, first: Tensor, second: Tensor) -> "Moments":
         """Return moments of other sums."""
         moments = copy.copy(self)
@@ -76,6 +81,10 @@ class Moments:
     def __add__(self, other: "Moments") -> "Moments":
         """Return the moments of all vectors that either has been given."""
         return self.of_sums(self.weight + other.weight, self.first + other.first, self.second + other.second)
+
+    def __sub__(self, other: "Moments") -> "Moments":
+        """Return the moments of the vectors that this one has been given and ``other``, given some of them, has not."""
+        return self.of_sums(self.weight - other.weight, self.first - other.first, self.second - other.second)
 
     def pooled(self) -> "Moments":
         """Return the moments of the vectors of all kinds taken together."""

@@ -1,6 +1,7 @@
 """What is kept of the training images as they stream by, in bounded memory."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -10,32 +11,57 @@ from .moments import Moments
 
 FEWEST_KEPT = 24  # images, whatever the memory: to draw defects into, and to measure distances of
 BATCH = 8  # images to a pass of the backbone
+FOLDS = 5  # of cross-validation
+
+
+def batches(features: Sequence[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Give features of images, of each layer ``(C, h, w)``, in batches, of each layer ``(B, C, h, w)``."""
+    for start in range(0, len(features), BATCH):
+        yield [torch.stack(layer) for layer in zip(*features[start : start + BATCH], strict=True)]
+
+
+class Fold(NamedTuple):
+    """Some of the sampled images: features of each, of each layer ``(C, h, w)``, and paths."""
+
+    features: list[list[Tensor]]
+    paths: list[str]
 
 
 class Half:
-    """Every second training image: sums over all of them, and a random sample."""
+    """Every second training image: sums over all of them, and a random sample.
 
-    def __init__(self) -> None:
+    Args:
+        number: 0 or 1, of this half.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.count = 0
         self.moments: list[Moments] = []  # of each layer, of every position or of all together
         self.images: list[Tensor] = []  # (3, H, W)
         self.features: list[list[Tensor]] = []  # of the same images, of each layer (C, h, w)
+        self.paths: list[str] = []  # likewise, or ""
 
-    def keep(self, image: Tensor, features: list[Tensor], most: int, generator: Generator) -> None:
+    def keep(self, image: Tensor, features: list[Tensor], path: str, most: int, generator: Generator) -> None:
         """Sample an image, all having the same chance (reservoir sampling, algorithm R)."""
         self.count += 1
         if len(self.images) < most:
             self.images.append(image)
             self.features.append(features)
+            self.paths.append(path)
             return
         place = int(torch.randint(self.count, (), generator=generator))
         if place < most:
-            self.images[place], self.features[place] = image, features
+            self.images[place], self.features[place], self.paths[place] = image, features, path
+
+    @property
+    def folds(self) -> list[int]:
+        """The fold that every sampled image is in, of ``FOLDS``."""
+        return [(2 * place + self.number) % FOLDS for place in range(len(self.images))]
 
     def feature_batches(self) -> Iterator[list[Tensor]]:
         """Give the features of the sampled images, of each layer ``(B, C, h, w)``."""
-        for start in range(0, len(self.features), BATCH):
-            yield [torch.stack(layer) for layer in zip(*self.features[start : start + BATCH], strict=True)]
+        return batches(self.features)
 
 
 class TrainingSample:
@@ -49,7 +75,7 @@ class TrainingSample:
     def __init__(self, memory_budget: int, generator: Generator) -> None:
         self.room = memory_budget
         self.generator = generator
-        self.halves = Half(), Half()
+        self.halves = Half(0), Half(1)
         self.most = 0  # images to a half
         self.has_positions = True  # whether there are moments of every position
 
@@ -68,18 +94,18 @@ class TrainingSample:
         for half in self.halves:
             half.moments = [Moments(f.shape[0], f.shape[1:] if self.has_positions else (), f.device) for f in features]
 
-    def add(self, images: Tensor, features: Sequence[Tensor]) -> None:
+    def add(self, images: Tensor, features: Sequence[Tensor], paths: Sequence[str] | None = None) -> None:
         """Add images ``(B, 3, H, W)``, all of one size, and their features, of each layer ``(B, C, h, w)``."""
         if not self.most:
             self.begin(images[0], [f[0] for f in features])
         turn = self.count % 2  # halves take turns, also over batches
         for half, rows in zip(self.halves, (slice(turn, None, 2), slice(1 - turn, None, 2)), strict=True):
             for moments, f in zip(half.moments, features, strict=True):
-                at_positions = f[rows].permute(2, 3, 0, 1)  # (h, w, B, C)
-                moments.add(at_positions if self.has_positions else at_positions.flatten(0, 2))
-            for kept in zip(images[rows], *(f[rows] for f in features), strict=True):
+                moments.add_maps(f[rows])
+            names = paths[rows] if paths else [""] * len(images[rows])
+            for path, *kept in zip(names, images[rows], *(f[rows] for f in features), strict=True):
                 image, *of_image = (values.clone() for values in kept)  # a view would keep the whole batch in memory
-                half.keep(image, of_image, self.most, self.generator)
+                half.keep(image, of_image, path, self.most, self.generator)
 
     @property
     def count(self) -> int:
@@ -98,6 +124,15 @@ class TrainingSample:
     def kept(self) -> list[Tensor]:
         """The sampled images of both halves, ``(3, H, W)`` each."""
         return [image for half in self.halves for image in half.images]
+
+    def folds(self) -> list[Fold]:
+        """Return the sampled images, in folds for cross-validation."""
+        folds = [Fold([], []) for _ in range(FOLDS)]
+        for half in self.halves:
+            for number, features, path in zip(half.folds, half.features, half.paths, strict=True):
+                folds[number].features.append(features)
+                folds[number].paths.append(path)
+        return folds
 
     def sum_over_processes(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Add up the sums of several processes, by a function that sums a tensor over them; samples stay their own."""

@@ -140,6 +140,11 @@ class CseGaussianModel(DynamicBufferMixin):
         maps = [gaussian(f) for gaussian, f in zip(self.maps, features, strict=True)]
         return geometric_mean(fuse(maps), self.layer_weights)
 
+    def score(self, features: Sequence[Tensor], size: Sequence[int]) -> InferenceBatch:
+        """Score smoothed features of images of a height and width."""
+        joint = self.joint_distances(features)
+        return InferenceBatch(pred_score=image_score(joint), anomaly_map=resize(joint, size))
+
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images ``(B, 3, H, W)`` in [0, 1], of the size of the training images.
 
@@ -152,5 +157,4 @@ class CseGaussianModel(DynamicBufferMixin):
             ValueError: If the images are of another size.
         """
         check_scorable(self, images)
-        joint = self.joint_distances(self.smoothed_features(images))
-        return InferenceBatch(pred_score=image_score(joint), anomaly_map=resize(joint, images.shape[-2:]))
+        return self.score(self.smoothed_features(images), images.shape[-2:])

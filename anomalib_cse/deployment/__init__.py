@@ -1,6 +1,16 @@
 """What makes a model deployable: exact pre-processing, thresholds, whole checkpoints, export with equal scores."""
 
+from .comparison import compare_good_images
+from .good_scores import UnseenScores
 from .mixin import DeploymentMixin
+from .post_processing import choose_post_processor
 from .pre_processing import choose_pre_processor, fixed_size
 
-__all__ = ["DeploymentMixin", "choose_pre_processor", "fixed_size"]
+__all__ = [
+    "DeploymentMixin",
+    "UnseenScores",
+    "choose_post_processor",
+    "choose_pre_processor",
+    "compare_good_images",
+    "fixed_size",
+]

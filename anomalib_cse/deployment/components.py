@@ -1,6 +1,5 @@
 """anomalib's components as both models have them: what processes, judges and draws images around the network."""
 
-from collections.abc import Iterable
 from typing import cast
 
 from anomalib.metrics import AnomalibMetric, Evaluator
@@ -14,6 +13,7 @@ from torch import nn
 from ..checks import check_size
 from ..data import ImageCheck
 from ..features import FrozenBackbone
+from .evaluator import TwoClassEvaluator
 from .post_processing import MidwayPostProcessor
 from .pre_processing import check_keeps_range, exact, fixed_size, resize_and_crop
 from .trainer import LABELS, OwnCallbacks
@@ -49,11 +49,11 @@ class ComponentsMixin(LightningModule):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Return anomalib's evaluator, but metrics of the model's labels are left out where it gives none."""
-        evaluator = AnomalibModule.configure_evaluator()
-        for metric in cast(Iterable[AnomalibMetric], evaluator.test_metrics):
+        """Return anomalib's evaluator, but metrics are left out where there are no labels, the model's or the true."""
+        metrics = [cast(AnomalibMetric, metric) for metric in AnomalibModule.configure_evaluator().test_metrics]
+        for metric in metrics:
             metric.strict &= not LABELS.intersection(metric.fields)
-        return evaluator
+        return TwoClassEvaluator(test_metrics=metrics)
 
     def own_callbacks(self) -> list[Callback]:
         """Return what processes this model's images and scores, and no other's."""

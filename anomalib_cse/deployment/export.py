@@ -1,6 +1,6 @@
 """Telling OpenVINO, in the exported file itself, what it must not round, and NNCF what it must not quantise."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from xml.etree import ElementTree
@@ -63,6 +63,17 @@ def keep_single_precision(path: Path, *, only_before_convolution: bool = False) 
             info = ElementTree.Element("rt_info")
             layer.insert(0 if layer.find("data") is None else 1, info)
         ElementTree.SubElement(info, "attribute", name="precise", version="0")
+    tree.write(path, xml_declaration=True, encoding="utf-8")
+
+
+def note_good_scores(path: Path, numbers: Mapping[str, float]) -> None:
+    """Write how scores of good images spread into an OpenVINO ``.xml`` file, where its ``rt_info`` has them."""
+    tree = ElementTree.parse(path)
+    info = tree.getroot().find("rt_info")
+    info = ElementTree.SubElement(tree.getroot(), "rt_info") if info is None else info
+    noted = ElementTree.SubElement(info, "good_scores")
+    for name, value in numbers.items():
+        ElementTree.SubElement(noted, name, value=repr(value))
     tree.write(path, xml_declaration=True, encoding="utf-8")
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..checks import Fittable, plain
 from .checkpoints import WholeCheckpointIO, check_checkpoint
 from .components import ComponentsMixin
-from .export import check_compression, compress, keep_single_precision
+from .export import check_compression, compress, keep_single_precision, note_good_scores
+from .good_scores import UnseenScores
 from .post_processing import MidwayPostProcessor, check_settings
 from .pre_processing import (
     check_exportable,
@@ -149,6 +150,19 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         fitted = {n: v.cpu() for n, v in self.model.state_dict().items() if not n.startswith("backbone.")}
         self.model.load_state_dict(self.trainer.strategy.broadcast(fitted), strict=False)
 
+    def unseen_scores(self) -> UnseenScores | None:
+        """Score training images by fits that have not seen them; ``None`` if there are none or too few. While fitting.
+
+        With several processes all get the same.
+        """
+        raise NotImplementedError
+
+    def set_thresholds(self) -> None:
+        """Set the thresholds that a rate of rejects asks for, where no validation does."""
+        own = self.post_processor
+        if isinstance(own, MidwayPostProcessor) and own.reject_rate is not None and not self.trainer.enable_validation:
+            own.learn(self.unseen_scores())
+
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
         """Score images ``(B, 3, H, W)``, known by ``paths``."""
         del paths
@@ -260,4 +274,6 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         if compression_type not in (None, CompressionType.FP16):
             compress(path, compression_type, datamodule, input_size)
         keep_single_precision(path, only_before_convolution=compression_type is not None)
+        if isinstance(self.post_processor, MidwayPostProcessor) and self.post_processor.knows_good_scores:
+            note_good_scores(path, self.post_processor.good_scores_as_scaled())
         return path

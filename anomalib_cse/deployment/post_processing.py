@@ -1,6 +1,6 @@
-"""Thresholds between images' scores, not on one."""
+"""Thresholds: between the scores of validation images, or beyond those of good ones."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,15 @@ from anomalib.data import Batch, InferenceBatch
 from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.utilities.data import dim_zero_cat
+
+from ..checks import check_number, plain
+from .good_scores import CONFIDENCE, FEWEST, GoodScores, UnseenScores
+
+USUAL_RATE = 0.01  # of good images rejected, where no validation image has a defect
 
 
 class MidwayThreshold(F1AdaptiveThreshold):
@@ -20,10 +27,13 @@ class MidwayThreshold(F1AdaptiveThreshold):
     image counts as good, or after export as rounding has it. All values in between have the same F1.
     """
 
+    has_defects = False  # whether what was computed last had some
+
     def compute(self) -> Tensor | None:  # type: ignore[override]
         """Return the threshold ``()``, of scores in [0, inf); of good images alone anomalib's, the highest score."""
         threshold = super().compute()
-        if threshold is None or not dim_zero_cat(self.target).any():
+        self.has_defects = threshold is not None and bool(dim_zero_cat(self.target).any())
+        if not self.has_defects:
             return threshold
         scores = dim_zero_cat(self.preds)
         below = torch.cat([scores[scores < threshold], scores.new_zeros(1)])  # there is none if all are anomalous
@@ -31,16 +41,146 @@ class MidwayThreshold(F1AdaptiveThreshold):
 
 
 class MidwayPostProcessor(PostProcessor):
-    """anomalib's post-processor, with an image threshold halfway between two scores; it takes the same arguments.
+    """anomalib's post-processor, with an image threshold halfway between two scores, or one for a rate of rejects.
 
     Without thresholds, as nothing has been validated, it gives no labels and no masks; anomalib's cuts raw scores at
-    one half.
+    one half. ``good_images`` and ``good_pixels``, NaN until they are needed, are how the scores of good images that a
+    fit has not seen spread, and the highest values of their maps: a :class:`GoodScores` each.
+
+    Args:
+        reject_rate: Share of good images to be called anomalous, in (0, 0.5]; ``None`` takes the thresholds of the best
+            F1, or ``USUAL_RATE`` if no validation image has a defect.
+        **options: As for anomalib's post-processor.
+
+    Raises:
+        ValueError: If the rate is outside its range.
     """
 
-    def __init__(self, **options: Any) -> None:
+    good_images: Tensor
+    good_pixels: Tensor
+    suspicious: Sequence[tuple[str, float]] = ()  # training images that others do not explain, of the last fit
+
+    def __init__(self, reject_rate: float | None = None, **options: Any) -> None:
         super().__init__(**options)
+        self.register_buffer("good_images", torch.full((3,), torch.nan, dtype=torch.float64))
+        self.register_buffer("good_pixels", torch.full((3,), torch.nan, dtype=torch.float64))
+        self.reject_rate = reject_rate
         # anomalib has no public way to choose the threshold
         self._image_threshold_metric = MidwayThreshold(fields=["pred_score", "gt_label"], strict=False)
+
+    @property
+    def _checkpoint_config_keys(self) -> tuple[str, ...]:  # which anomalib asks subclasses to override
+        return (*super()._checkpoint_config_keys, "reject_rate")
+
+    @property
+    def reject_rate(self) -> float | None:
+        """Share of good images to be called anomalous; to set another one sets the thresholds, if they can be told."""
+        return self._reject_rate
+
+    @reject_rate.setter
+    def reject_rate(self, rate: float | None) -> None:
+        if rate is not None:
+            check_number("reject_rate", rate, "(0, 0.5]")
+        self._reject_rate = plain(rate)
+        if rate is not None and self.knows_good_scores:
+            self.reject(rate)
+
+    @property
+    def knows_good_scores(self) -> bool:
+        """Whether a fit has told how scores of good images spread."""
+        return not bool(self.good_images.isnan().any())
+
+    def learn(self, scores: UnseenScores | None) -> None:
+        """Set the thresholds by scores of good images that a fit has not seen.
+
+        Raises:
+            ValueError: If a rate was asked for, and there are too few images to tell.
+        """
+        count = 0 if scores is None else len(scores.paths)
+        if scores is None or count < FEWEST:
+            msg = f"a threshold from good images takes {FEWEST} of them that a fit has not seen, got {count}"
+            if self.reject_rate is not None:
+                msg += ": give more training images, or validation images with defects and no reject_rate"
+                raise ValueError(msg)
+            rank_zero_warn(f"{msg}: the thresholds are the highest values of the good validation images")
+            return
+        self.good_images.copy_(torch.tensor(GoodScores.of(scores.images)))
+        self.good_pixels.copy_(torch.tensor(GoodScores.of(scores.pixels)))
+        self.suspicious = scores.suspicious()
+        self.reject(self.reject_rate or USUAL_RATE)
+
+    def reject(self, rate: float) -> None:
+        """Set the thresholds such that a ``rate`` of good images is expected to be called anomalous.
+
+        A map is anomalous anywhere in as many images. Scores are scaled from 0, and to 1 at twice the threshold.
+
+        Raises:
+            ValueError: If it is not known how scores of good images spread.
+        """
+        if not self.knows_good_scores:
+            msg = "no fit has told how scores of good images spread: fit the model with a reject_rate"
+            raise ValueError(msg)
+        for kind, good in (("image", self.good_images), ("pixel", self.good_pixels)):
+            threshold = spread(good).threshold(rate)
+            # anomalib has public names for reading them alone
+            self.get_buffer(f"_{kind}_threshold").fill_(threshold)
+            self.get_buffer(f"{kind}_min").fill_(0)
+            self.get_buffer(f"{kind}_max").fill_(2 * threshold)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute thresholds and the range of scores.
+
+        Raises:
+            ValueError: If a rate of rejects was asked for, and it is not known how scores of good images spread.
+        """
+        is_new = self._image_threshold_metric.update_called
+        super().on_validation_epoch_end(trainer, pl_module)
+        if not is_new or (self.reject_rate is None and self._image_threshold_metric.has_defects):
+            return
+        unseen_scores = getattr(pl_module, "unseen_scores", None)  # of the models here
+        if trainer.state.fn == TrainerFn.FITTING and callable(unseen_scores):
+            self.learn(unseen_scores())
+        elif self.reject_rate is not None or self.knows_good_scores:
+            self.reject(self.reject_rate or USUAL_RATE)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the scores of another fit."""
+        del trainer, pl_module
+        self.good_images.fill_(torch.nan)
+        self.good_pixels.fill_(torch.nan)
+        self.suspicious = ()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the thresholds are, if they are of good images, and which of those stand out."""
+        del trainer, pl_module
+        if self.knows_good_scores:
+            rank_zero_info(self.in_words(self.reject_rate or USUAL_RATE))
+        if self.suspicious:
+            listed = ", ".join(f"{path} ({score:.3g})" for path, score in self.suspicious[:5])
+            rank_zero_warn(
+                f"the scores of {len(self.suspicious)} training images are not like those of the others: {listed}. If "
+                "they have defects take them out, as they raise the threshold"
+            )
+
+    def good_scores_as_scaled(self) -> dict[str, float]:
+        """Return mean and deviation of the logarithms of good images' raw scores, and what makes these of scaled ones.
+
+        A raw score is ``(scaled - 0.5) * range + threshold``.
+        """
+        good, scaled = spread(self.good_images), self.enable_normalization
+        threshold = float(self.image_threshold) if scaled else 0.5
+        extent = float(self.image_max - self.image_min) if scaled else 1.0
+        return {"mean": good.mean, "deviation": good.deviation, "threshold": threshold, "range": extent}
+
+    def in_words(self, rate: float) -> str:
+        """Return the thresholds for a rate of rejects, and how far it can be trusted."""
+        good = spread(self.good_images)
+        low, high = good.interval(rate)
+        return (
+            f"Thresholds by {good.number} good images, each scored by a fit without it: {self.image_threshold:.4g} for "
+            f"images, {self.pixel_threshold:.4g} for pixels. Of good images taken like them {100 * rate:.3g} % are "
+            f"expected to be rejected, between {100 * low:.2g} and {100 * high:.2g} % with {CONFIDENCE:.0%} confidence."
+        )
 
     @property
     def has_thresholds(self) -> bool:
@@ -73,6 +213,26 @@ class MidwayPostProcessor(PostProcessor):
         """Note scores for the thresholds, unless the model says that they are those of the last validation."""
         if getattr(pl_module, "scores_changed", True):
             super().on_validation_batch_end(trainer, pl_module, *args, **kwargs)
+
+
+def spread(values: Tensor) -> GoodScores:
+    """Return what a buffer of three numbers says."""
+    number, mean, deviation = values.tolist()
+    return GoodScores(int(number), mean, deviation)
+
+
+def choose_post_processor(given: nn.Module | bool, reject_rate: float | None) -> nn.Module | bool:
+    """Return what a user gave for a post-processor, or one of the rate of rejects that was given.
+
+    Raises:
+        ValueError: If both are given, or the rate is outside its range.
+    """
+    if reject_rate is None:
+        return given
+    if given is not True:
+        msg = "reject_rate describes the model's own post-processor: give it or a post_processor"
+        raise ValueError(msg)
+    return MidwayPostProcessor(reject_rate)
 
 
 def check_settings(own: nn.Module | None, default: PostProcessor | None, checkpoint: dict[str, Any]) -> None:

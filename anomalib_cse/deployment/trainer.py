@@ -103,7 +103,8 @@ def check_images(trainer: Trainer) -> None:
     if trainer.limit_val_batches and not getattr(data, "val_data", None):
         msg = (
             f"{data.name} has no validation images, from which thresholds come (val_split_mode is "
-            f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and do without thresholds"
+            f"{data.val_split_mode.value!r}): give some, or set limit_val_batches to 0 and take a reject_rate for "
+            "thresholds from good images, or do without thresholds"
         )
         raise ValueError(msg)
     if trainer.limit_val_batches and len(data.val_data) == 1:
@@ -142,8 +143,13 @@ def lacking(trainer: Trainer, part: str, post_processor: object) -> set[str]:
         return missing
     own = cast(PostProcessor, post_processor)
     never = part == "val" or not own.enable_thresholding
-    # thresholds come from validation; anomalib's own gives labels without
-    not_yet = isinstance(own, MidwayPostProcessor) and not trainer.limit_val_batches and not own.has_thresholds
+    # thresholds come from validation or a rate of rejects; anomalib's own gives labels without
+    not_yet = (
+        isinstance(own, MidwayPostProcessor)
+        and not trainer.limit_val_batches
+        and not own.has_thresholds
+        and own.reject_rate is None
+    )
     return missing | LABELS if never or not_yet else missing
 
 

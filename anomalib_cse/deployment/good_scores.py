@@ -1,0 +1,95 @@
+"""Thresholds from good images alone: how their scores spread where a fit has not seen them."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from anomalib.data import InferenceBatch
+from scipy.stats import norm
+from scipy.stats import t as student
+from torch import Tensor
+
+FEWEST = 5  # images: of fewer, the deviation is anyone's guess
+CONFIDENCE = 0.9  # of the interval of rates
+ALIKE = 1e-3  # least deviation of log scores: runtimes differ by a tenth of that
+SUSPICION = 0.05  # chance that one of all training images is suspected, if all are good
+
+
+def logarithms(scores: Tensor) -> Tensor:
+    """Return the logarithms of scores in [0, inf), in double precision; of 0 a large negative number."""
+    return scores.double().clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
+class UnseenScores(NamedTuple):
+    """Scores of good images by fits that have not seen them, and the highest values of their maps, ``(N,)`` each."""
+
+    images: Tensor
+    pixels: Tensor
+    paths: list[str]
+
+    @classmethod
+    def of(cls, scored: Iterable[InferenceBatch], paths: list[str]) -> "UnseenScores":
+        """Collect what batches of images, with these paths, were given."""
+        rows = [torch.stack([batch.pred_score, batch.anomaly_map.amax(dim=(1, 2, 3))]) for batch in scored]  # type: ignore[union-attr, list-item]
+        images, pixels = torch.cat(rows, dim=1).cpu()
+        return cls(images, pixels, paths)
+
+    def suspicious(self) -> list[tuple[str, float]]:
+        """Return the paths of images whose scores the others do not explain, and their scores, the highest first.
+
+        Each is compared with the others' distribution; all of them together are suspected wrongly in ``SUSPICION`` of
+        all fits (Bonferroni).
+        """
+        scores = self.images.tolist()
+        found = []
+        for place, (path, score) in enumerate(zip(self.paths, scores, strict=True)):
+            others = GoodScores.of(torch.tensor(scores[:place] + scores[place + 1 :]))
+            if score > others.threshold(SUSPICION / len(scores)):
+                found.append((path, score))
+        return sorted(found, key=lambda pair: -pair[1])
+
+
+class GoodScores(NamedTuple):
+    """How scores of good images spread: their logarithms are taken for normal.
+
+    Attributes:
+        number: Of images, at least 2.
+        mean: Of the logarithms.
+        deviation: Of the logarithms, with ``number - 1`` in the denominator.
+    """
+
+    number: int
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, scores: Tensor) -> "GoodScores":
+        """Return the spread of scores ``(N,)`` in [0, inf)."""
+        logs = logarithms(scores)
+        return cls(len(logs), float(logs.mean()), max(float(logs.std()), ALIKE))
+
+    def deviations(self, rate: float) -> float:
+        """Return how many deviations above the mean another image's score is with a probability of ``rate``."""
+        return float(student.isf(rate, self.number - 1)) * (1 + 1 / self.number) ** 0.5
+
+    def threshold(self, rate: float) -> float:
+        """Return the score above which another good image is with a probability of ``rate``, in (0, 1).
+
+        That is a quantile of the predictive distribution, Student's t: mean and deviation are known from few images.
+        """
+        return float(torch.tensor(self.mean + self.deviation * self.deviations(rate)).exp())
+
+    def rate(self, threshold: float) -> float:
+        """Return the probability that another good image's score is above a threshold."""
+        distance = (float(torch.tensor(threshold).log()) - self.mean) / self.deviation
+        return float(student.sf(distance / (1 + 1 / self.number) ** 0.5, self.number - 1))
+
+    def interval(self, rate: float) -> tuple[float, float]:
+        """Return between which rates that threshold will reject good images, with a probability of ``CONFIDENCE``.
+
+        The threshold's distance from the true mean, in true deviations, has the variance that a normal quantile has in
+        large samples, which does for 5 images too.
+        """
+        distance, tail = self.deviations(rate), float(norm.isf((1 - CONFIDENCE) / 2))
+        error = tail * (1 / self.number + distance**2 / (2 * (self.number - 1))) ** 0.5
+        return float(norm.sf(distance + error)), float(norm.sf(distance - error))

@@ -74,7 +74,7 @@ def test_two_centres_are_of_two_kinds_of_surface(tmp_path, dtd):
 
 
 def test_centres_of_very_many_images_are_those_of_a_sample(mvtec_root, dtd, tmp_path, monkeypatch):
-    monkeypatch.setattr("anomalib_cse.cse.lightning_model.MOST_CLUSTERED", 4)
+    monkeypatch.setattr("anomalib_cse.cse.centres.MOST_CLUSTERED", 4)
     model = Cse(**COMMON, dtd_dir=dtd)
     data = data_of(mvtec_root)
     Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(model, datamodule=data)

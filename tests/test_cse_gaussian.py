@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import ColorJitter
 
 from anomalib_cse import CseGaussian, CseGaussianModel
 from anomalib_cse.cse_gaussian.fit import PRIOR, fit
+from anomalib_cse.cse_gaussian.folds import unseen_scores
 from anomalib_cse.cse_gaussian.moments import RIDGE
 from anomalib_cse.cse_gaussian.sample import FEWEST_KEPT, TrainingSample
 from anomalib_cse.cse_gaussian.torch_model import GaussianMap, directions_of, geometric_mean, image_score, smooth
@@ -185,7 +186,7 @@ def naive_scores(joint):
 @pytest.mark.parametrize("kind", ["surface", "part"])
 def test_fit_and_forward_equal_numpys_of_all_images_at_once(kind):
     model, images = new_model(layers=(1, 2, 3)), images_of(kind)  # strides 4 and 8, on one grid, and 16
-    trial = fit(model, sample_of(model, images), Patch(), 0)
+    trial = fit(model, sample_of(model, images), Patch(), 0).trial
     params = Patch().sample(images.shape, None)
     painted = Patch().apply(images, params)
     clean, defects = features_of(model, images), features_of(model, painted)
@@ -203,6 +204,32 @@ def test_fit_and_forward_equal_numpys_of_all_images_at_once(kind):
     assert np.allclose(scored.anomaly_map, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["surface", "part"])
+def test_unseen_scores_are_those_of_fits_to_the_other_images(kind):
+    model, images = new_model(layers=(1, 2, 3)), images_of(kind)
+    sample = TrainingSample(2**30, torch.Generator().manual_seed(0))
+    for start in range(0, 16, 5):
+        part = images[start : start + 5]
+        with torch.no_grad():
+            sample.add(part, model.smoothed_features(part), [str(start + n) for n in range(len(part))])
+    fitted = fit(model, sample, Patch(), 0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = unseen_scores(model, sample, fitted)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    params = Patch().sample(images.shape, None)
+    clean, defects = features_of(model, images), features_of(model, Patch().apply(images, params))
+    assert sorted(found.paths, key=int) == [str(number) for number in range(16)]
+    for fold in range(5):
+        unseen, seen = [n for n in range(16) if n % 5 == fold], [n for n in range(16) if n % 5 != fold]
+        shown = [f[seen] for f in clean]
+        layers = [NaiveLayer(c, d[seen], params.mask[seen], 6) for c, d in zip(shown, defects, strict=True)]
+        joint = naive_joint(layers, [f[unseen] for f in clean], shown, shown if kind == "part" else None)
+        maps = F.interpolate(torch.from_numpy(joint), SIZE, mode="bilinear").numpy()
+        places = [found.paths.index(str(number)) for number in unseen]
+        assert found.images[places].numpy() == pytest.approx(naive_scores(joint), rel=1e-4)
+        assert found.pixels[places].numpy() == pytest.approx(maps.max(axis=(1, 2, 3)), rel=1e-4)
+
+
 class Counting(Patch):
     def __init__(self):
         self.painted = 0
@@ -216,7 +243,7 @@ class Counting(Patch):
 def test_as_many_images_get_defects_as_there_are_within_bounds(images, painted):
     """Half of them in either half; own covariances are tried with ten images and more."""
     model, synthesis = new_model(layers=(2, 3)), Counting()
-    trial = fit(model, sample_of(model, images_of("surface", images)), synthesis, 0)
+    trial = fit(model, sample_of(model, images_of("surface", images)), synthesis, 0).trial
     assert synthesis.painted == painted
     assert (trial is None) is (images < 10)
 
@@ -227,7 +254,7 @@ def test_a_process_without_images_of_both_halves_tries_nothing():
     sample, others = sample_of(model, images_of("surface", 2)[1:]), sample_of(model, images_of("surface", 12))
     for half, other in zip(sample.halves, others.halves, strict=True):
         half.moments = other.moments
-    assert fit(model, sample, Patch(), 0) is None
+    assert fit(model, sample, Patch(), 0).trial is None
     assert model.is_fitted
 
 
@@ -236,7 +263,7 @@ def test_the_log_says_what_was_tried(mvtec_root, dtd, tmp_path, caplog, monkeypa
     monkeypatch.setattr("anomalib_cse.cse_gaussian.lightning_model.fit", lambda *a: tried.append(fit(*a)) or tried[0])
     with caplog.at_level("INFO"):
         model = fit_with(tmp_path, datamodule=data_of(mvtec_root))
-    [trial] = tried
+    [trial] = [fitted.trial for fitted in tried]
     way = "their own" if trial.differ else "one for all"
     said = (
         f"by {trial.in_common:.2f} deviations with one covariance for all positions, by {trial.own:.2f} with their own"
@@ -295,7 +322,7 @@ def test_memory_is_bounded_and_own_covariances_give_way_to_one(budget):
     assert kept == FEWEST_KEPT if budget == 0 else FEWEST_KEPT < kept < 70
     size = sum(image.nbytes + sum(f.nbytes for f in model.smoothed_features(image[None])) for image in images[:1])
     assert kept * size <= budget or budget == 0
-    assert fit(model, sample, Patch(), 0) is None
+    assert fit(model, sample, Patch(), 0).trial is None
     assert [g.roots.dim() for g in model.maps] == [2, 2]
     flat = features_of(model, images)[0].reshape(-1, model.backbone.channels[0])
     assert np.allclose(model.maps[0].mean, flat.mean(axis=0), atol=1e-5)  # of all images, whichever were kept

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
 from ..checks import check_budget_and_seed, check_defects, check_number, plain
-from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
+from ..deployment import DeploymentMixin, MidwayPostProcessor, UnseenScores, choose_post_processor, choose_pre_processor
 from ..features import pool
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
 from .centres import fit_centres, unseen_scores
@@ -202,6 +202,8 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             pairing.limit(int(self.trainer.num_training_batches) * (loader.batch_size or 1))
         check_number("num_centres", self.model.num_centres, f"[1, {pairing.count}]", whole=True)
+        if isinstance(self.post_processor, MidwayPostProcessor):
+            self.post_processor.check_enough(pairing.count_held_out)
         if arguments["decoder"] == "pretrained" and not self.resumes:
             pretrain(self.decoder, copy.deepcopy(self.embedder), pairing, arguments["learning_rate"])
         self.caches_validation = pairing.caches and not is_augmented(getattr(self.trainer.datamodule, "val_data", None))  # type: ignore[attr-defined]

@@ -106,6 +106,11 @@ class Pairing:
         """How many training images there are, held out or not."""
         return len(self.defect_free)  # type: ignore[arg-type]
 
+    @property
+    def count_held_out(self) -> int:
+        """How many images are held out."""
+        return 0 if self.held_out is None else len(self.held_out)  # type: ignore[arg-type]
+
     def training_pairs(self, images: Tensor, paths: Sequence[str] | None, *numbers: int) -> Pairs:
         """Pair the images ``(B, 3, H, W)`` of a training step, which the numbers tell from all others."""
         clean = self.features_of(images, paths if self.caches_training else None)

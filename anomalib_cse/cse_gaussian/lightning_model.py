@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ..checks import check_budget_and_seed, check_defects, plain
-from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
+from ..deployment import DeploymentMixin, MidwayPostProcessor, UnseenScores, choose_post_processor, choose_pre_processor
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
 from .fit import Fit, fit
 from .folds import unseen_scores
@@ -177,6 +177,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         if self.sample is None:
             return
         sample, synthesis, self.sample, self.synthesis = self.sample, self.synthesis, None, None
+        if isinstance(self.post_processor, MidwayPostProcessor) and self.trainer.world_size == 1:
+            self.post_processor.check_enough(sample.count)
         strategy = self.trainer.strategy
         seed = strategy.broadcast(self.effective_seed)
         if self.trainer.world_size > 1:
@@ -184,6 +186,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         if synthesis is not None:  # in the first process
             fitted = fit(self.model, sample, synthesis.to(self.device), seed)
             self.fitted, trial = (sample, fitted), fitted.trial
+            for half in sample.halves:  # their features will do
+                half.images.clear()
             if trial is not None:
                 rank_zero_info(
                     f"With covariances of half of the training images, synthetic defects in the other stand out by "
@@ -194,13 +198,11 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
 
     def unseen_scores(self) -> UnseenScores | None:
         """Score the sampled training images by cross-validation; ``None`` if there are too few."""
-        strategy = self.trainer.strategy
-        count = self.fitted[0].count if self.fitted else 0
         scores = None
-        if self.fitted and count >= FOLDS:
+        if self.fitted and self.fitted[0].count >= FOLDS:
             (sample, fitted), self.fitted = self.fitted, None
             scores = unseen_scores(self.model, sample, fitted)
-        return strategy.broadcast(scores)
+        return self.trainer.strategy.broadcast(scores)
 
     def on_fit_end(self) -> None:
         """Let go of the training images."""

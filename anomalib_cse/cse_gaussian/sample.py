@@ -57,7 +57,7 @@ class Half:
     @property
     def folds(self) -> list[int]:
         """The fold that every sampled image is in, of ``FOLDS``."""
-        return [(2 * place + self.number) % FOLDS for place in range(len(self.images))]
+        return [(2 * place + self.number) % FOLDS for place in range(len(self.paths))]
 
     def feature_batches(self) -> Iterator[list[Tensor]]:
         """Give the features of the sampled images, of each layer ``(B, C, h, w)``."""

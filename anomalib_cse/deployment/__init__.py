@@ -3,11 +3,12 @@
 from .comparison import compare_good_images
 from .good_scores import UnseenScores
 from .mixin import DeploymentMixin
-from .post_processing import choose_post_processor
+from .post_processing import MidwayPostProcessor, choose_post_processor
 from .pre_processing import choose_pre_processor, fixed_size
 
 __all__ = [
     "DeploymentMixin",
+    "MidwayPostProcessor",
     "UnseenScores",
     "choose_post_processor",
     "choose_pre_processor",

@@ -62,8 +62,8 @@ class MidwayPostProcessor(PostProcessor):
 
     def __init__(self, reject_rate: float | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.register_buffer("good_images", torch.full((3,), torch.nan, dtype=torch.float64))
-        self.register_buffer("good_pixels", torch.full((3,), torch.nan, dtype=torch.float64))
+        self.register_buffer("good_images", torch.full((3,), torch.nan))
+        self.register_buffer("good_pixels", torch.full((3,), torch.nan))
         self.reject_rate = reject_rate
         # anomalib has no public way to choose the threshold
         self._image_threshold_metric = MidwayThreshold(fields=["pred_score", "gt_label"], strict=False)
@@ -90,19 +90,27 @@ class MidwayPostProcessor(PostProcessor):
         """Whether a fit has told how scores of good images spread."""
         return not bool(self.good_images.isnan().any())
 
+    def check_enough(self, count: int) -> None:
+        """Raise a ``ValueError`` if a rate of rejects was asked for and too few good images can tell thresholds."""
+        if self.reject_rate is not None and count < FEWEST:
+            msg = (
+                f"reject_rate takes {FEWEST} training images that a fit has not seen, got {count}: give more of them "
+                "(to Cse, or a larger holdout_ratio), or leave reject_rate out and validate with defects"
+            )
+            raise ValueError(msg)
+
     def learn(self, scores: UnseenScores | None) -> None:
         """Set the thresholds by scores of good images that a fit has not seen.
 
         Raises:
             ValueError: If a rate was asked for, and there are too few images to tell.
         """
-        count = 0 if scores is None else len(scores.paths)
-        if scores is None or count < FEWEST:
-            msg = f"a threshold from good images takes {FEWEST} of them that a fit has not seen, got {count}"
-            if self.reject_rate is not None:
-                msg += ": give more training images, or validation images with defects and no reject_rate"
-                raise ValueError(msg)
-            rank_zero_warn(f"{msg}: the thresholds are the highest values of the good validation images")
+        if scores is None or len(scores.paths) < FEWEST:
+            self.check_enough(len(scores.paths) if scores else 0)
+            rank_zero_warn(
+                "no validation image has a defect, and training images are too few for thresholds from good ones: the "
+                f"thresholds are the highest values of the validation images (give {FEWEST} that a fit has not seen)"
+            )
             return
         self.good_images.copy_(torch.tensor(GoodScores.of(scores.images)))
         self.good_pixels.copy_(torch.tensor(GoodScores.of(scores.pixels)))

@@ -1,0 +1,285 @@
+"""Thresholds from good images: rates that come true, on the whole way from the fit to the camera loop."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from anomalib.data import Folder, PredictDataset
+from anomalib.deploy import ExportType, OpenVINOInferencer
+from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch.trainer.states import TrainerFn
+
+from anomalib_cse import Cse
+from anomalib_cse.deployment import MidwayPostProcessor, compare_good_images
+from anomalib_cse.deployment.comparison import Comparison
+from anomalib_cse.deployment.good_scores import GoodScores, UnseenScores
+
+from tiny import COMMON, MODELS, QUIET, anomalib, data_of, flags
+
+CAMERA_LOOP = Path(__file__).parents[1] / "examples" / "camera_loop.py"
+BOTH = pytest.mark.parametrize("name", MODELS)
+UNVALIDATED = {**QUIET, "limit_val_batches": 0}
+
+
+@pytest.mark.parametrize(("number", "rate"), [(5, 0.1), (24, 0.01), (24, 0.1), (100, 0.01)])
+def test_rates_of_simulated_scores_are_those_expected_and_within_their_intervals(number, rate):
+    """Scores are exponentials of normal numbers of mean 0.5 and deviation 0.2, so that true rates are known."""
+    draws = torch.randn(3000, number, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spreads = [GoodScores.of((0.5 + 0.2 * logs).exp()) for logs in draws]
+    true = np.array([scipy.stats.norm.sf(np.log(spread.threshold(rate)), 0.5, 0.2) for spread in spreads])
+    assert true.mean() == pytest.approx(rate, rel=0.06)
+    low, high = np.array([spread.interval(rate) for spread in spreads[:300]]).T
+    assert np.allclose(low, low[0])  # they depend on number and rate alone
+    assert ((true > low[0]) & (true < high[0])).mean() == pytest.approx(0.9, abs=0.02)
+    assert spreads[0].rate(spreads[0].threshold(rate)) == pytest.approx(rate)
+
+
+def test_a_planted_outlier_is_suspected_and_few_others_are():
+    scores = torch.randn(40, generator=torch.Generator().manual_seed(1)).mul(0.1).exp()
+    paths = [f"{number}.png" for number in range(40)]
+    assert UnseenScores(scores, scores, paths).suspicious() == []
+    scores[7] = 2.0
+    [(path, score)] = UnseenScores(scores, scores, paths).suspicious()
+    assert (path, score) == ("7.png", 2.0)
+    drawn = torch.randn(200, 24, generator=torch.Generator().manual_seed(2)).exp()
+    suspected = [bool(UnseenScores(row, row, paths[:24]).suspicious()) for row in drawn]
+    assert np.mean(suspected) == pytest.approx(0.05, abs=0.03)
+
+
+def test_comparison_says_when_scores_have_moved():
+    old, new = torch.randn(2, 200, generator=torch.Generator().manual_seed(0)).exp()
+    good = GoodScores.of(old)
+    threshold = good.threshold(0.1)
+    same, moved = Comparison.of(good, new, threshold), Comparison.of(good, 2 * new, threshold)
+    assert same.expected == pytest.approx(0.1)
+    assert same.measured == pytest.approx((new > threshold).float().mean().item())
+    assert not same.has_moved
+    assert moved.has_moved
+    assert moved.shift - same.shift == pytest.approx(np.log(2) / good.deviation)
+    assert "2" + "00 new good images" in str(moved)
+
+
+def fitted(name, root, dtd, folder, trainer=UNVALIDATED, data=None, **options):
+    model = MODELS[name](**{**COMMON, "dtd_dir": str(dtd), **options})
+    engine = Engine(max_epochs=2, default_root_dir=folder, **trainer)
+    engine.fit(model, datamodule=data or data_of(root))
+    return model, engine
+
+
+def many(root, count=20):
+    """A dataset of so many training images, that Cse holds 6 out of."""
+    rng = np.random.default_rng(3)
+    for number in range(count):
+        path = root / "many" / "train" / "good" / f"{number:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), rng.integers(90, 110, (72, 96, 3), dtype=np.uint8))
+    return Folder(
+        name="many",
+        root=root / "many",
+        normal_dir="train/good",
+        test_split_mode="none",
+        val_split_mode="none",
+        train_batch_size=8,
+        num_workers=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def rejecting(mvtec_root, dtd, tmp_path_factory):
+    """Both models fitted without validation, with a rate of rejects; and the checkpoints."""
+    models = {}
+    for name in MODELS:
+        folder = tmp_path_factory.mktemp(name)
+        model, engine = fitted(name, mvtec_root, dtd, folder, data=many(folder), reject_rate=0.05)
+        models[name] = model, engine.best_model_path
+    return models
+
+
+@BOTH
+def test_thresholds_need_no_validation_and_are_quantiles_of_unseen_scores(name, rejecting):
+    model, _ = rejecting[name]
+    own = model.post_processor
+    for threshold, (number, mean, deviation) in (
+        (own.image_threshold, own.good_images.tolist()),
+        (own.pixel_threshold, own.good_pixels.tolist()),
+    ):
+        assert number == (20 if name == "CseGaussian" else 6)
+        quantile = scipy.stats.t.ppf(0.95, number - 1, mean, deviation * np.sqrt(1 + 1 / number))
+        assert threshold.item() == pytest.approx(np.exp(quantile), rel=1e-5)
+    assert (own.image_min, own.image_max) == (0, pytest.approx(2 * own.image_threshold.item()))
+
+
+@BOTH
+def test_rate_survives_the_checkpoint_and_can_be_changed_after_it(name, rejecting):
+    model, path = rejecting[name]
+    loaded = MODELS[name].load_from_checkpoint(path)
+    own = loaded.post_processor
+    assert own.reject_rate == 0.05
+    assert torch.equal(own.image_threshold, model.post_processor.image_threshold)
+    own.reject_rate = 0.01
+    assert own.image_threshold > model.post_processor.image_threshold
+    own.reject_rate = 0.05
+    assert own.image_threshold.item() == pytest.approx(model.post_processor.image_threshold.item())
+    with pytest.raises(ValueError, match=r"reject_rate must be a number in \(0, 0.5\], got 0.7"):
+        own.reject_rate = 0.7
+
+
+@BOTH
+def test_another_rate_than_that_of_a_checkpoint_is_refused(name, rejecting, mvtec_root, tmp_path):
+    model = MODELS[name](**COMMON, reject_rate=0.2)
+    with pytest.raises(ValueError, match=r"given reject_rate=0.2, but 0.05 of the checkpoint"):
+        Engine(default_root_dir=tmp_path, **QUIET).test(
+            model, datamodule=data_of(mvtec_root), ckpt_path=rejecting[name][1]
+        )
+
+
+@BOTH
+def test_validation_with_defects_does_not_overrule_a_rate_that_was_asked_for(name, rejecting, mvtec_root, tmp_path):
+    model = MODELS[name].load_from_checkpoint(rejecting[name][1])
+    before = model.post_processor.image_threshold.clone()
+    Engine(default_root_dir=tmp_path, **QUIET).validate(model, datamodule=data_of(mvtec_root))
+    assert torch.equal(model.post_processor.image_threshold, before)
+
+
+def test_good_images_alone_mean_one_per_cent_of_rejects(mvtec_root, dtd, tmp_path, caplog):
+    """Nothing was asked for; with defects in validation the best F1 stays."""
+    data = data_of(mvtec_root, val_split_mode="from_train", val_split_ratio=0.3, test_split_mode="none")
+    with caplog.at_level("INFO"):
+        model, _ = fitted("CseGaussian", mvtec_root, dtd, tmp_path / "good", QUIET, data)
+    number, mean, deviation = model.post_processor.good_images.tolist()
+    expected = np.exp(scipy.stats.t.ppf(0.99, number - 1, mean, deviation * np.sqrt(1 + 1 / number)))
+    assert model.post_processor.image_threshold.item() == pytest.approx(expected, rel=1e-5)
+    [said] = [r.getMessage() for r in caplog.records if "Thresholds by 7 good images" in r.getMessage()]
+    low, high = GoodScores(7, mean, deviation).interval(0.01)
+    assert f"{model.post_processor.image_threshold:.4g} for images" in said
+    assert f"1 % are expected to be rejected, between {100 * low:.2g} and {100 * high:.2g} %" in said
+    model, _ = fitted("CseGaussian", mvtec_root, dtd, tmp_path / "defects", QUIET)
+    assert not model.post_processor.knows_good_scores
+
+
+def test_too_few_images_for_a_rate_are_refused_and_else_warned_of(mvtec_root, dtd, tmp_path):
+    data = data_of(mvtec_root)
+    data.setup(TrainerFn.FITTING)
+    data.train_data = data.train_data.subsample([0, 1, 2, 3])
+    with pytest.raises(ValueError, match="reject_rate takes 5 training images that a fit has not seen, got 4"):
+        fitted("CseGaussian", mvtec_root, dtd, tmp_path, UNVALIDATED, data, reject_rate=0.01)
+    with pytest.raises(ValueError, match="that a fit has not seen, got 3: give more of them"):
+        fitted("Cse", mvtec_root, dtd, tmp_path, UNVALIDATED, reject_rate=0.01)
+    with pytest.raises(ValueError, match="got 0"):
+        fitted("Cse", mvtec_root, dtd, tmp_path, UNVALIDATED, reject_rate=0.01, holdout_ratio=0.0)
+    good = data_of(mvtec_root, val_split_mode="from_train", val_split_ratio=0.3, test_split_mode="none")
+    with pytest.warns(UserWarning, match="training images are too few for thresholds from good ones"):
+        fitted("Cse", mvtec_root, dtd, tmp_path, QUIET, good)
+
+
+@BOTH
+def test_rate_that_is_none_or_has_no_place_is_refused(name):
+    for wrong in (0, 1, -0.1, True, "0.01"):
+        with pytest.raises(ValueError, match=r"reject_rate must be a number in \(0, 0.5\], got"):
+            MODELS[name](**COMMON, reject_rate=wrong)
+    for given in (PostProcessor(), MidwayPostProcessor(), False):
+        with pytest.raises(ValueError, match="reject_rate describes the model's own post-processor"):
+            MODELS[name](**COMMON, reject_rate=0.01, post_processor=given)
+
+
+@pytest.fixture(scope="module")
+def with_defect(tmp_path_factory):
+    """Twenty good training images and one with a white square."""
+    root = tmp_path_factory.mktemp("defect")
+    data = many(root)
+    image = np.random.default_rng(9).integers(90, 110, (72, 96, 3), dtype=np.uint8)
+    image[20:50, 30:60] = 255
+    cv2.imwrite(str(root / "many" / "train" / "good" / "900.png"), image)
+    return data
+
+
+def test_training_image_with_a_defect_is_named(with_defect, dtd, tmp_path):
+    with pytest.warns(UserWarning, match=r"the scores of 1 training images are not like .*900.png \("):
+        model, _ = fitted("CseGaussian", None, dtd, tmp_path, UNVALIDATED, with_defect, reject_rate=0.01)
+    [(path, score)] = model.post_processor.suspicious
+    assert Path(path).name == "900.png"
+    assert score > model.post_processor.good_images[1].exp()
+
+
+def test_new_good_images_are_compared(rejecting, mvtec_root, tmp_path):
+    model, _ = rejecting["CseGaussian"]
+    again = compare_good_images(model, mvtec_root / "tiny" / "test" / "good")
+    assert (again.number, again.has_moved) == (4, False)
+    scores = [
+        model.model(model.pre_processor(item.image[None])).pred_score.item()
+        for item in PredictDataset(path=mvtec_root / "tiny" / "test" / "good")
+    ]
+    assert again.measured == np.mean([score > model.post_processor.image_threshold for score in scores])
+    assert compare_good_images(model, mvtec_root / "tiny" / "test" / "square").has_moved
+    with pytest.raises(ValueError, match="fit the model with a reject_rate"):
+        compare_good_images(Cse(**COMMON), mvtec_root / "tiny" / "test" / "good")
+
+
+@pytest.fixture(scope="module")
+def network(rejecting, tmp_path_factory):
+    return Engine(default_root_dir=tmp_path_factory.mktemp("network"), **QUIET).export(
+        rejecting["CseGaussian"][0], ExportType.OPENVINO
+    )
+
+
+def test_exported_model_rejects_what_the_threshold_does(rejecting, network, mvtec_root):
+    model, _ = rejecting["CseGaussian"]
+    inferencer = OpenVINOInferencer(network)
+    for path in sorted((mvtec_root / "tiny" / "test").rglob("*.png")):
+        exported = inferencer.predict(path)
+        raw = model.model(model.pre_processor(PredictDataset(path=path)[0].image[None])).pred_score.item()
+        assert bool(exported.pred_label) == (raw > model.post_processor.image_threshold)
+        scaled = min(1.0, raw / (2 * model.post_processor.image_threshold.item()))
+        assert exported.pred_score.item() == pytest.approx(scaled, abs=1e-4)
+
+
+@pytest.mark.parametrize(("gain", "moved"), [(1.0, False), (2.5, True)])
+def test_camera_loop_says_when_recent_scores_have_moved(gain, moved, network, tmp_path):
+    """Good frames as in training, and some of more contrast, of which each scores higher."""
+    rng = np.random.default_rng(5)
+    (tmp_path / "frames").mkdir()
+    for number in range(110):
+        noise = rng.integers(90, 110, (72, 96, 3)) - 99.5
+        cv2.imwrite(str(tmp_path / "frames" / f"{number:03}.png"), (gain * noise + 99.5).astype(np.uint8))
+    command = [sys.executable, CAMERA_LOOP, network, tmp_path / "frames", "--rejects", tmp_path / "rejects"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ("the last 100 scores have moved by +" in run.stderr) is moved
+
+
+def test_only_good_images_leave_out_metrics_that_need_defects(rejecting, mvtec_root, tmp_path):
+    model, _ = rejecting["CseGaussian"]
+    data = data_of(mvtec_root)
+    data.setup(TrainerFn.TESTING)
+    data.test_data = data.test_data.subsample(
+        [n for n, label in enumerate(data.test_data.samples.label_index) if not label]
+    )
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    with pytest.warns(UserWarning, match="no defective images, so these metrics are left out: image_AUROC, image_F1Sc"):
+        assert engine.test(model, datamodule=data) == [{}]
+    [metrics] = engine.test(model, datamodule=data_of(mvtec_root))
+    assert metrics["image_AUROC"] == 1
+
+
+def test_command_line_takes_a_rate(mvtec_root, dtd, tmp_path):
+    run = anomalib(
+        tmp_path,
+        "train",
+        "--model",
+        "CseGaussian",
+        *flags("model", {**COMMON, "dtd_dir": dtd, "reject_rate": 0.1}),
+        "--data",
+        "MVTecAD",
+        "--data.root",
+        mvtec_root,
+        "--data.category",
+        "tiny",
+        "--data.num_workers",
+        "0",
+    )
+    assert "10 % are expected to be rejected" in run.stdout + run.stderr

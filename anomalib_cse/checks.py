@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,18 +39,25 @@ def is_within(value: object, interval: str, *, whole: bool = False) -> bool:
     return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")  # type: ignore[operator]
 
 
-def read_rgb(path: str | Path) -> Image.Image:
-    """Read an image as anomalib does, in 8 bits of red, green and blue.
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file, of which the header alone is read as yet.
 
     Raises:
-        ValueError: If the file, which it names, does not hold a whole image.
+        ValueError: If the file, which it names, does not hold an image, or not all of what is read of it.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            yield image
     except Exception as error:  # Pillow has a dozen kinds for broken files
         msg = f"{path} cannot be read as an image: {error}; replace it or take it out"
         raise ValueError(msg) from error
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """Read an image as anomalib does, in 8 bits of red, green and blue; raise the same ``ValueError``."""
+    with opened(path) as image:
+        return image.convert("RGB")
 
 
 def warn_of_files(files: Iterable[str | Path]) -> None:
@@ -101,9 +109,9 @@ def and_others(found: Sequence[object]) -> str:
 def mode_of(path: Path) -> str:
     """Return Pillow's mode of an image, by its header; nothing if it cannot be read: who reads it will say so."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             return image.mode
-    except Exception:  # noqa: BLE001  Pillow has a dozen kinds for broken files
+    except ValueError:
         return ""
 
 

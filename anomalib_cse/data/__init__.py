@@ -1,7 +1,7 @@
 """Datasets under the names that users know, one that needs no download, and a check of files."""
 
-from .check import ImageCheck, check_files
 from .datamodules import MVTec
 from .demo import SurfaceDemo
+from .image_check import ImageCheck, check_files
 
 __all__ = ["ImageCheck", "MVTec", "SurfaceDemo", "check_files"]

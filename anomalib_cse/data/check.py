@@ -1,183 +1,89 @@
-"""Images and masks that cannot be read, or not as they are, called by the name of their file; images that are none."""
+"""The command that looks at images before anything is trained: ``python -m anomalib_cse.data.check FOLDER``."""
 
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
-from traceback import walk_tb
-from typing import Any, cast
 
-from anomalib.data import DepthBatch, ImageBatch
-from anomalib.data.utils import LabelName
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader
+from anomalib.data.utils.image import is_image_file
+from rich.console import Console
 from rich.progress import track
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..checks import and_others, check_pixels, read_rgb, warn_of_files
+from ..checks import warn_of_files
+from .datamodules import check_layout
+from .image_check import errors_in, files_of
+from .look import Sample, look
 
 
-def pairs_of(dataset: object) -> list[tuple[str, str]]:
-    """Return the images that a dataset reads, each with its mask or ``""``; none of one that does not name them."""
-    if isinstance(dataset, Subset):
-        pairs = pairs_of(dataset.dataset)
-        return [pairs[index] for index in dataset.indices if pairs]
-    if hasattr(dataset, "image_filenames"):  # anomalib's PredictDataset
-        return [(str(path), "") for path in dataset.image_filenames]
-    samples = getattr(dataset, "samples", {})  # a table of anomalib's
-    if "image_path" not in samples:
-        return []
-    images = [str(path) for path in samples["image_path"]]
-    if "mask_path" not in samples or "label_index" not in samples:
-        return [(path, "") for path in images]
-    # anomalib reads masks of defects alone, whatever else is listed
-    masks = (
-        str(path) if label == LabelName.ABNORMAL and isinstance(path, str | Path) else ""
-        for path, label in zip(samples["mask_path"], samples["label_index"], strict=True)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read all images of some folders whole, and write what is there, what is wrong, and what may be.
+
+    Returns:
+        1 if something is wrong, else 0.
+    """
+    parser = ArgumentParser(prog="python -m anomalib_cse.data.check", description="Look at images before training.")
+    parser.add_argument(
+        "folder", nargs="+", type=Path, help="a category in MVTec AD's layout, or a folder of training images"
     )
-    return list(zip(images, masks, strict=True))
+    training: list[Sample] = []
+    test: list[Sample] = []
+    errors: list[str] = []
+    for folder in parser.parse_args(arguments).folder:
+        if not folder.is_dir():
+            parser.error(f"{folder} is not a folder")
+        category = next(iter(sorted(folder.glob("*/train/good"))), None)
+        if category and not is_category(folder):
+            parser.error(f"{folder} holds categories: give one of them, such as {category.parents[1]}")
+        for found, samples in zip(samples_in(folder), (training, test), strict=True):
+            samples += found
+        errors += layout_errors(folder)
+        if not training and not test:
+            parser.error(f"{folder} holds no images: give a category's folder, or one of training images")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for kind, samples in (("training", training), ("evaluation", test)):
+            shown = track(samples, f"Reading {kind} images", console=Console(stderr=True), transient=True)
+            errors += errors_in(kind, shown)
+        warn_of_files(files_of((*training, *test)))
+    seen = look(training, [], test)
+    errors = list(dict.fromkeys((*errors, *seen.errors)))
+    doubts = [*(str(warning.message) for warning in caught), *seen.warnings]
+    lines = [seen.summary, *(f"error: {e}" for e in errors), *(f"warning: {d}" for d in doubts)]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return int(bool(errors))
 
 
-def files_of(dataset: object) -> list[str]:
-    """Return the files that a dataset reads, images and masks; none of a dataset that does not name them."""
-    return [path for pair in pairs_of(dataset) for path in pair if path]
+def samples_in(folder: Path) -> tuple[list[Sample], list[Sample]]:
+    """Return the images to train and to test with: all train, unless the folder is in MVTec AD's layout."""
+    if not is_category(folder):
+        return [Sample(str(path)) for path in images_below(folder)], []
+    masks = {(path.parent.name, path.stem): str(path) for path in images_below(folder / "ground_truth")}
+    return [Sample(str(path)) for path in images_below(folder / "train" / "good")], [
+        Sample(str(path), masks.get((path.parent.name, f"{path.stem}_mask"), ""), path.parent.name != "good")
+        for path in images_below(folder / "test")
+    ]
 
 
-def reason_unreadable(path: str) -> str:
-    """Return why a file does not hold a whole image; nothing if it does."""
+def is_category(folder: Path) -> bool:
+    """Whether a folder is in MVTec AD's layout."""
+    return (folder / "train" / "good").is_dir()
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Return the files in a folder, and in those in it, that anomalib takes for images by their names."""
+    return sorted(path for path in folder.rglob("*") if is_image_file(path) and not path.is_dir())
+
+
+def layout_errors(folder: Path) -> list[str]:
+    """Return why ``MVTec`` would refuse a folder in its layout; without any masks, ``Folder`` is to read it."""
     try:
-        read_rgb(path)
+        if is_category(folder) and (folder / "ground_truth").is_dir():
+            check_layout(folder)
     except ValueError as error:
-        return str(error)
-    return ""
+        return [str(error)]
+    return []
 
 
-def check_files(kind: str, *datasets: object) -> None:
-    """Read all images and masks of datasets; warn of those that can be read but are not what they seem.
-
-    Raises:
-        ValueError: If a file, of a ``kind``, cannot be read, or a mask is of other proportions than its image.
-    """
-    pairs = list(dict.fromkeys(pair for dataset in datasets for pair in pairs_of(dataset)))
-    empty = []
-    for path, mask_path in track(pairs, description=f"Reading {kind} images"):
-        try:
-            image, mask = read_rgb(path), read_rgb(mask_path) if mask_path else None
-        except ValueError as error:
-            msg = f"{kind} file {error}"
-            raise ValueError(msg) from error
-        if mask is not None:
-            check_mask(path, image.size, mask_path, mask.size)
-            if mask.getbbox() is None:
-                empty.append(mask_path)
-    if empty:
-        msg = f"{empty[0]}, the mask of a defect, is empty: pixel metrics count all of its image as good"
-        warnings.warn(msg + and_others(empty), stacklevel=2)
-    warn_of_files(file for pair in pairs for file in pair if file)
-
-
-def check_mask(path: str, size: tuple[int, int], mask_path: str, mask_size: tuple[int, int]) -> None:
-    """Raise a ``ValueError`` if a mask would be stretched to fit its image; ``size`` is width and height."""
-    (width, height), (mask_width, mask_height) = size, mask_size
-    # of a smaller copy, sides are off by a pixel
-    if abs(width * mask_height - height * mask_width) > max(width, height, mask_width, mask_height):
-        msg = (
-            f"the mask {mask_path} has {mask_width}x{mask_height} pixels, its image {path} {width}x{height}: masks "
-            "must have the proportions of their images"
-        )
-        raise ValueError(msg)
-
-
-def check_batch(batch: object) -> None:
-    """Raise a ``ValueError`` unless a batch, before anything is done to it, is of images in [0, 1]."""
-    if not isinstance(batch, ImageBatch | DepthBatch):
-        msg = f"dataloaders must give anomalib's ImageBatch, got {type(batch).__name__}: see ImageBatch.collate"
-        raise ValueError(msg)
-    check_pixels(cast(Tensor, batch.image), batch.image_path)
-
-
-class ImageCheck(Callback):
-    """Name files that cannot be read, those for validation before training, and images that are none.
-
-    It has to come before the pre-processor, and before what holds images out.
-    """
-
-    training_files: Sequence[str] = ()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check the images of a training batch."""
-        del trainer, pl_module, batch_idx
-        check_batch(batch)
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Check the images of a batch to score."""
-        del trainer, pl_module, batch_idx, dataloader_idx
-        check_batch(batch)
-
-    on_test_batch_start = on_validation_batch_start
-    on_predict_batch_start = on_validation_batch_start
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look at the training images, before any are held out."""
-        del pl_module
-        data = getattr(trainer, "datamodule", None) if stage == TrainerFn.FITTING else None
-        self.training_files = files_of(getattr(data, "train_data", None))
-        warn_of_files(self.training_files)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read all that is to validate and test with, so that a broken file does not end a training of hours."""
-        del pl_module
-        data = getattr(trainer, "datamodule", None)
-        used = {"val_data": trainer.limit_val_batches, "test_data": trainer.limit_test_batches}
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            check_files("evaluation", *(getattr(data, name, None) for name, limit in used.items() if limit))
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the validation images, where no fit has."""
-        del pl_module
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            warn_of_loaded(trainer.val_dataloaders)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the test images."""
-        del pl_module
-        warn_of_loaded(trainer.test_dataloaders)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the images."""
-        del pl_module
-        warn_of_loaded(trainer.predict_dataloaders)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Add to an error from reading images which file it was."""
-        del pl_module
-        if not any("torch/utils/data" in frame.f_code.co_filename for frame, _ in walk_tb(exception.__traceback__)):
-            return
-        used = (
-            trainer.train_dataloader,
-            trainer.val_dataloaders,
-            trainer.test_dataloaders,
-            trainer.predict_dataloaders,
-        )
-        datasets = (dataset for loaders in used for dataset in datasets_of(loaders))
-        loaded = (path for dataset in datasets for path in files_of(dataset))
-        files = dict.fromkeys((*self.training_files, *loaded))
-        reason = next(filter(None, map(reason_unreadable, files)), "")
-        if reason:
-            exception.add_note(reason)
-
-
-def warn_of_loaded(loaders: object) -> None:
-    """Warn of files that dataloaders read and that are not what they seem."""
-    for dataset in datasets_of(loaders):
-        warn_of_files(files_of(dataset))
-
-
-def datasets_of(loaders: object) -> Iterator[Dataset]:
-    """Give the datasets of a dataloader, or of a list or dictionary of them."""
-    for loader in CombinedLoader(loaders).flattened if loaders is not None else ():
-        if isinstance(loader, DataLoader):
-            yield loader.dataset
+if __name__ == "__main__":
+    sys.exit(main())

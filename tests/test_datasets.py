@@ -72,6 +72,7 @@ def test_very_few_images_train(name, count, options, train, tmp_path):
 
 
 @both
+@pytest.mark.filterwarnings("ignore:.* (is the same image as|is nearly constant)")
 @pytest.mark.parametrize(
     ("count", "options"),
     [(6, {"alike": True}), (4, {"black": True}), (20, {"defective": 2})],
@@ -204,8 +205,10 @@ def test_nothing_to_validate_on_stops_before_training(name, options, train, tmp_
 
 @both
 def test_texture_folders_that_hold_no_photographs_are_refused_first(name, train, tmp_path):
-    data = folder(tmp_path / "data", 4)
-    (tmp_path / "data" / "good" / "torn.png").write_bytes(b"")  # which training would come upon
+    data = folder(tmp_path / "data", 5)
+    torn = tmp_path / "data" / "good" / "torn.png"  # which training would come upon: a little, of more than the others
+    cv2.imwrite(str(torn), np.random.default_rng(0).integers(0, 255, (72, 96, 3), dtype=np.uint8))
+    torn.write_bytes(torn.read_bytes()[:-30])
     (tmp_path / "empty").mkdir()
     for place in ("empty", "missing", "data/good/0.png"):
         with pytest.raises(FileNotFoundError, match=rf"dtd_dir: no photographs .*below .*{place}"):

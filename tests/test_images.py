@@ -26,8 +26,8 @@ pytestmark = [
 UNVALIDATED = {**QUIET, "limit_val_batches": 0}
 
 
-def noise(height=72, width=96):
-    return Image.fromarray(np.random.default_rng(0).integers(90, 110, (height, width, 3), dtype=np.uint8))
+def noise(height=72, width=96, *, seed=0, most=110):
+    return Image.fromarray(np.random.default_rng(seed).integers(90, most, (height, width, 3), dtype=np.uint8))
 
 
 READABLE = {
@@ -79,6 +79,8 @@ def engine(folder, **options):
     return Engine(**{"max_epochs": 1, "default_root_dir": folder, **UNVALIDATED, **options})
 
 
+@pytest.mark.filterwarnings("ignore:images are resized", "ignore:.* is (grey|colour), but", "ignore:.* has an alpha")
+@pytest.mark.filterwarnings("ignore:.* is nearly constant")
 def test_what_anomalib_reads_trains_and_has_a_finite_score(images, create, tmp_path):
     model = create()
     engine(tmp_path).fit(model, datamodule=datamodule(images))
@@ -92,12 +94,12 @@ def test_what_anomalib_reads_trains_and_has_a_finite_score(images, create, tmp_p
 
 def sixteen_bits(folder):
     for number in (1, 2):
-        READABLE["sixteen.png"]().save(folder / f"{number}.png")
+        Image.fromarray(np.asarray(noise(seed=number))[..., 0] * np.uint16(256)).save(folder / f"{number}.png")
 
 
 def hidden(folder):
-    noise().save(folder / ".1.png")
-    noise().save(folder / ".2.png")
+    noise(seed=1).save(folder / ".1.png")
+    noise(seed=2).save(folder / ".2.png")
 
 
 def linked(folder):
@@ -130,7 +132,7 @@ def test_files_that_are_not_what_they_seem_are_warned_of_once_wherever_they_are(
     for folder in uses:
         (tmp_path / folder).mkdir()
         for number in (0, 3):  # 0 is read first
-            noise().save(tmp_path / folder / f"{number}.png")
+            noise(seed=number).save(tmp_path / folder / f"{number}.png")
     model = create()
     engine(tmp_path).fit(model, datamodule=datamodule(tmp_path / "images"))
     assert not any(warned(use) for use in uses.values())
@@ -210,12 +212,23 @@ def unreadable(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_training_names_the_file_that_cannot_be_read(name, unreadable, create, tmp_path):
-    for number in range(3):
-        shutil.copy(unreadable / "whole.png", tmp_path / f"{number}.png")
+def test_training_files_that_cannot_be_read_stop_before_training(name, unreadable, create, tmp_path):
+    for number in range(8):
+        noise(seed=number).save(tmp_path / f"{number}.png")
     shutil.copy(unreadable / name, tmp_path)
-    with pytest.raises(Exception, match=rf"\S*{name} cannot be read as an image: .* take it out"):
+    with pytest.raises(ValueError, match=rf"training file \S*{name} cannot be read as an image: .* take it out"):
         engine(tmp_path / "results").fit(create(), datamodule=datamodule(tmp_path))
+
+
+def test_training_names_the_file_that_cannot_be_read_and_was_not_looked_at(create, tmp_path):
+    for number in range(8):
+        noise(seed=number).save(tmp_path / f"{number}.png")
+    noise(most=250).save(tmp_path / "torn.png")  # more bytes than the others, though some are missing
+    (tmp_path / "torn.png").write_bytes((tmp_path / "torn.png").read_bytes()[:-30])
+    with pytest.raises(OSError, match="truncated") as caught:
+        engine(tmp_path / "results").fit(create(), datamodule=datamodule(tmp_path))
+    [note] = caught.value.__notes__
+    assert f"{tmp_path / 'torn.png'} cannot be read as an image" in note
 
 
 @pytest.mark.parametrize(("name", "num_workers"), [*((name, 0) for name in UNREADABLE), ("empty.png", 1)])

@@ -35,11 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         category = next(iter(sorted(folder.glob("*/train/good"))), None)
         if category and not is_category(folder):
             parser.error(f"{folder} holds categories: give one of them, such as {category.parents[1]}")
-        for found, samples in zip(samples_in(folder), (training, test), strict=True):
-            samples += found
-        errors += layout_errors(folder)
-        if not training and not test:
+        found = samples_in(folder)
+        if not any(found):
             parser.error(f"{folder} holds no images: give a category's folder, or one of training images")
+        training += found[0]
+        test += found[1]
+        errors += layout_errors(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for kind, samples in (("training", training), ("evaluation", test)):

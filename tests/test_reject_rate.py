@@ -16,11 +16,12 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_cse import Cse
+from anomalib_cse.data.check import main as check
 from anomalib_cse.deployment import MidwayPostProcessor, compare_good_images
 from anomalib_cse.deployment.comparison import Comparison
 from anomalib_cse.deployment.good_scores import GoodScores, UnseenScores
 
-from tiny import COMMON, MODELS, QUIET, anomalib, data_of, flags
+from tiny import COMMON, MODELS, QUIET, data_of
 
 CAMERA_LOOP = Path(__file__).parents[1] / "examples" / "camera_loop.py"
 BOTH = pytest.mark.parametrize("name", MODELS)
@@ -207,6 +208,13 @@ def test_training_image_with_a_defect_is_named(with_defect, dtd, tmp_path):
     assert score > model.post_processor.good_images[1].exp()
 
 
+def test_the_look_at_data_names_an_image_unlike_the_others(with_defect, capsys):
+    assert check([str(with_defect.root), "--backbone", "pypi:tf_efficientnet_lite0"]) == 0
+    [doubt] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert "900.png scores " in doubt
+    assert doubt.endswith("unlike the other training images: is it defective?")
+
+
 def test_new_good_images_are_compared(rejecting, mvtec_root, tmp_path):
     model, _ = rejecting["CseGaussian"]
     again = compare_good_images(model, mvtec_root / "tiny" / "test" / "good")
@@ -264,22 +272,3 @@ def test_only_good_images_leave_out_metrics_that_need_defects(rejecting, mvtec_r
         assert engine.test(model, datamodule=data) == [{}]
     [metrics] = engine.test(model, datamodule=data_of(mvtec_root))
     assert metrics["image_AUROC"] == 1
-
-
-def test_command_line_takes_a_rate(mvtec_root, dtd, tmp_path):
-    run = anomalib(
-        tmp_path,
-        "train",
-        "--model",
-        "CseGaussian",
-        *flags("model", {**COMMON, "dtd_dir": dtd, "reject_rate": 0.1}),
-        "--data",
-        "MVTecAD",
-        "--data.root",
-        mvtec_root,
-        "--data.category",
-        "tiny",
-        "--data.num_workers",
-        "0",
-    )
-    assert "10 % are expected to be rejected" in run.stdout + run.stderr

@@ -5,8 +5,13 @@ import warnings
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+from anomalib.data import Folder
 from anomalib.data.utils.image import is_image_file
+from anomalib.engine import Engine
+from anomalib.models import get_model
 from rich.console import Console
 from rich.progress import track
 
@@ -26,10 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "folder", nargs="+", type=Path, help="a category in MVTec AD's layout, or a folder of training images"
     )
+    parser.add_argument(
+        "--backbone", help="fit CseGaussian with it, and name training images that score unlike the others"
+    )
+    options = parser.parse_args(arguments)
     training: list[Sample] = []
     test: list[Sample] = []
     errors: list[str] = []
-    for folder in parser.parse_args(arguments).folder:
+    for folder in options.folder:
         if not folder.is_dir():
             parser.error(f"{folder} is not a folder")
         category = next(iter(sorted(folder.glob("*/train/good"))), None)
@@ -50,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seen = look(training, [], test)
     errors = list(dict.fromkeys((*errors, *seen.errors)))
     doubts = [*(str(warning.message) for warning in caught), *seen.warnings]
+    if options.backbone and not errors:
+        doubts += unlike_others(options.folder, options.backbone)
     lines = [seen.summary, *(f"error: {e}" for e in errors), *(f"warning: {d}" for d in doubts)]
     sys.stdout.write("\n".join(lines) + "\n")
     return int(bool(errors))
@@ -64,6 +75,20 @@ def samples_in(folder: Path) -> tuple[list[Sample], list[Sample]]:
         Sample(str(path), masks.get((path.parent.name, f"{path.stem}_mask"), ""), path.parent.name != "good")
         for path in images_below(folder / "test")
     ]
+
+
+def unlike_others(folders: Sequence[Path], backbone: str) -> list[str]:
+    """Return which training images a fit to others finds anomalous; raise a ``ValueError`` if there are too few."""
+    normal = [folder / "train" / "good" if is_category(folder) else folder for folder in folders]
+    images = Folder(name="images", normal_dir=normal, test_split_mode="none", val_split_mode="none", num_workers=0)
+    # by name: this room does not know those of the models
+    model = get_model("cse_gaussian", backbone=backbone, reject_rate=0.01, seed=0)
+    options: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    with TemporaryDirectory() as results, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the look has said all
+        Engine(default_root_dir=results, limit_val_batches=0, **options).fit(model, datamodule=images)
+    found: Sequence[tuple[str, float]] = getattr(model.post_processor, "suspicious", ())
+    return [f"{path} scores {score:.3g}, unlike the other training images: is it defective?" for path, score in found]
 
 
 def is_category(folder: Path) -> bool:

@@ -20,20 +20,28 @@ from .good_scores import CONFIDENCE, FEWEST, GoodScores, UnseenScores
 USUAL_RATE = 0.01  # of good images rejected, where no validation image has a defect
 
 
-class MidwayThreshold(F1AdaptiveThreshold):
+class AnyThreshold(F1AdaptiveThreshold):
+    """The threshold of the best F1, or of good images alone the highest score, of which anomalib's warns."""
+
+    has_defects = False  # whether what was computed last had some
+
+    def compute(self) -> Tensor | None:  # type: ignore[override]
+        """Return the threshold ``()``, of scores in [0, inf); ``None`` if there are no scores."""
+        self.has_defects = len(self.target) > 0 and bool(dim_zero_cat(self.target).any())
+        return super().compute() if self.has_defects or not len(self.preds) else dim_zero_cat(self.preds).max()
+
+
+class MidwayThreshold(AnyThreshold):
     """The threshold of the best F1, halfway between the scores that it parts.
 
     anomalib's is the lower of the scores that it is to call anomalous, and then calls anomalous what is above it: that
     image counts as good, or after export as rounding has it. All values in between have the same F1.
     """
 
-    has_defects = False  # whether what was computed last had some
-
     def compute(self) -> Tensor | None:  # type: ignore[override]
-        """Return the threshold ``()``, of scores in [0, inf); of good images alone anomalib's, the highest score."""
+        """Return the threshold ``()``, of scores in [0, inf)."""
         threshold = super().compute()
-        self.has_defects = threshold is not None and bool(dim_zero_cat(self.target).any())
-        if not self.has_defects:
+        if threshold is None or not self.has_defects:
             return threshold
         scores = dim_zero_cat(self.preds)
         below = torch.cat([scores[scores < threshold], scores.new_zeros(1)])  # there is none if all are anomalous
@@ -67,10 +75,16 @@ class MidwayPostProcessor(PostProcessor):
         self.reject_rate = reject_rate
         # anomalib has no public way to choose the threshold
         self._image_threshold_metric = MidwayThreshold(fields=["pred_score", "gt_label"], strict=False)
+        self._pixel_threshold_metric = AnyThreshold(fields=["anomaly_map", "gt_mask"], strict=False)
 
-    @property
-    def _checkpoint_config_keys(self) -> tuple[str, ...]:  # which anomalib asks subclasses to override
-        return (*super()._checkpoint_config_keys, "reject_rate")
+    def checkpoint_config(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside the buffers."""
+        return {**super().checkpoint_config(), "reject_rate": self.reject_rate}
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Take over what a checkpoint has kept."""
+        super().load_checkpoint_config(config)
+        self.reject_rate = config.get("reject_rate")
 
     @property
     def reject_rate(self) -> float | None:

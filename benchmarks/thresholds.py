@@ -1,0 +1,123 @@
+"""Whether as many good images are rejected as a threshold says. Run by ``make bench-thresholds``.
+
+Nobody has defects to set a threshold by at first. Three ways do without: ``reject_rate`` of the models here, and
+anomalib's ``val_split_mode``, ``from_train`` (the highest score of good images kept from training) and ``synthetic``
+(the best F1 on those, half of them with synthetic defects). Each is fitted to the training images, and the threshold
+counted out on the test images. The models stand in a YAML file; see ``configs/compare``.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+import torch
+from anomalib.data import Folder, ImageBatch
+from anomalib.engine import Engine
+from anomalib.models import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
+from scipy.stats import binom
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from anomalib_cse.deployment.post_processing import MidwayPostProcessor, spread
+
+from common import QUIET, Row, hardware, markdown
+from compare import CONFIG
+from contenders import Contender, chosen
+
+RATES = 0.01, 0.05, 0.1
+WAYS = "reject_rate", "from_train", "synthetic"
+
+
+def images_of(dataset: Path, way: str, batch_size: int) -> Folder:
+    """Return a dataset in MVTec AD's layout, with or without masks, validated in one of the ways."""
+    kinds = sorted(f"test/{folder.name}" for folder in (dataset / "test").iterdir() if folder.name != "good")
+    return Folder(
+        name=dataset.name,
+        root=dataset,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir=kinds,
+        val_split_mode="none" if way == "reject_rate" else way,
+        val_split_ratio=0.2,
+        train_batch_size=batch_size,
+        num_workers=0,
+    )
+
+
+@torch.no_grad()
+def raw_scores(model: AnomalibModule, images: Folder) -> tuple[Tensor, Tensor]:
+    """Return the scores of good and of defective test images as the network gives them."""
+    images.setup(TrainerFn.TESTING)
+    scores: dict[bool, list[Tensor]] = {False: [], True: []}
+    for batch in DataLoader(images.test_data, collate_fn=ImageBatch.collate):
+        scores[bool(batch.gt_label)].append(model.model(model.pre_processor(batch.image)).pred_score)
+    return torch.cat(scores[False]), torch.cat(scores[True])
+
+
+def measure(contender: Contender, dataset: Path, way: str, seed: int) -> Iterator[Row]:
+    """Fit a model, and give a row for each of its thresholds."""
+    images = images_of(dataset, way, contender.train_batch_size)
+    seed_everything(seed, verbose=False)
+    own = MidwayPostProcessor(RATES[0]) if way == "reject_rate" else PostProcessor()
+    model = contender.build(seed, evaluator=False, visualizer=False, post_processor=own)
+    with TemporaryDirectory() as folder:
+        limit = 0 if way == "reject_rate" else 1.0
+        Engine(
+            max_epochs=contender.epochs(model),
+            default_root_dir=folder,
+            accelerator="cpu",
+            limit_val_batches=limit,
+            limit_test_batches=0,
+            **QUIET,
+        ).fit(model, datamodule=images)
+    good, defective = raw_scores(model, images)
+    training = {"set": dataset.name, "images": len(images.train_data), "way": way}
+    for rate in RATES if way == "reject_rate" else (None,):
+        expected: Row = {"rejects expected %": "", "good ones rejected, expected": ""}
+        if rate is not None:
+            model.post_processor.reject_rate = rate
+            low, high = spread(model.post_processor.good_images).interval(rate)
+            fewest, most = (int(binom.ppf(tail, len(good), p)) for tail, p in ((0.05, low), (0.95, high)))
+            expected = {"rejects expected %": 100 * rate, "good ones rejected, expected": f"{fewest} to {most}"}
+        rejected = int((good > model.post_processor.image_threshold).sum())
+        found = float((defective > model.post_processor.image_threshold).double().mean())
+        yield {
+            **training,
+            **expected,
+            "good ones rejected": f"{rejected} of {len(good)}",
+            "measured %": 100 * rejected / len(good),
+            "defects found %": 100 * found,
+        }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, write a line for each threshold, and print them as a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="list of models; see configs/compare")
+    parser.add_argument("--root", type=Path, required=True, help="folder of datasets in MVTec AD's layout")
+    parser.add_argument("--categories", nargs="+", required=True, help="folders in it")
+    parser.add_argument("--model", default="CseGaussian", help="name of the list: CseGaussian or Cse")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("results/thresholds"))
+    options = parser.parse_args(arguments)
+    [contender] = chosen(parser, options.config, [options.model])
+    options.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for category in options.categories:
+        for way in options.ways:
+            rows += measure(contender, options.root / category, way, options.seed)
+            print(rows[-1], flush=True)
+        pd.DataFrame(rows).to_csv(options.output / "results.csv", index=False)
+    text = f"{markdown(rows)}\n\n{contender.name}, {contender.note}; seed {options.seed}\n\n{hardware()}\n"
+    (options.output / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -206,15 +206,16 @@ def check_scorable(model: Fittable, images: Tensor) -> None:
         raise ValueError(msg)
 
 
-def check_budget_and_seed(memory_budget: object, seed: object) -> None:
-    """Raise a ``ValueError`` unless they are a number of bytes and a number of 32 bits or none."""
+def check_fit(
+    memory_budget: object, seed: object, kinds: Sequence[str], defects: object, dtd_dir: object, download_dtd: object
+) -> None:
+    """Raise a ``ValueError`` if what both models are fitted by is outside its range.
+
+    ``defects`` must be some of ``kinds``, each once, and textures have one source.
+    """
     check_number("memory_budget", memory_budget, "[0, inf)", whole=True)
     if seed is not None:
         check_number("seed", seed, f"[0, {2**32})", whole=True)
-
-
-def check_defects(kinds: Sequence[str], defects: object, dtd_dir: object, download_dtd: object) -> None:
-    """Raise a ``ValueError`` unless ``defects`` are some of ``kinds``, each once, and textures have one source."""
     listed = isinstance(defects, Sequence) and all(kind in kinds for kind in defects)
     if not listed or not defects or len(set(defects)) < len(defects):  # type: ignore[arg-type, call-overload]
         msg = f"defects must be some of {tuple(kinds)}, each once, got {defects!r}"

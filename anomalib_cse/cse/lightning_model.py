@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-from ..checks import check_budget_and_seed, check_defects, check_number, plain
-from ..deployment import DeploymentMixin, MidwayPostProcessor, UnseenScores, choose_post_processor, choose_pre_processor
+from ..checks import check_fit, check_number, plain
+from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
 from ..features import pool
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
 from .centres import fit_centres, unseen_scores
@@ -110,8 +110,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         layers, pre_trained, download_dtd, defects = map(plain, (layers, pre_trained, download_dtd, defects))
         image_size, center_crop_size, seed = map(plain, (image_size, center_crop_size, seed))
         check_recipe(decoder, contrast_weight, learning_rate, holdout_ratio)
-        check_budget_and_seed(memory_budget, seed)
-        check_defects(KINDS, defects, dtd_dir, download_dtd)
+        check_fit(memory_budget, seed, KINDS, defects, dtd_dir, download_dtd)
         super().__init__(
             pre_processor=choose_pre_processor(pre_processor, image_size, center_crop_size, papers_crop=(224, 224)),
             post_processor=choose_post_processor(post_processor, reject_rate),
@@ -202,8 +201,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             pairing.limit(int(self.trainer.num_training_batches) * (loader.batch_size or 1))
         check_number("num_centres", self.model.num_centres, f"[1, {pairing.count}]", whole=True)
-        if isinstance(self.post_processor, MidwayPostProcessor):
-            self.post_processor.check_enough(pairing.count_held_out)
+        self.check_unseen(pairing.count_held_out)
         if arguments["decoder"] == "pretrained" and not self.resumes:
             pretrain(self.decoder, copy.deepcopy(self.embedder), pairing, arguments["learning_rate"])
         self.caches_validation = pairing.caches and not is_augmented(getattr(self.trainer.datamodule, "val_data", None))  # type: ignore[attr-defined]
@@ -277,9 +275,8 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
 
     def unseen_scores(self) -> UnseenScores | None:
         """Score the held-out images; ``None`` if there are none."""
-        if self.pairing is None:
-            return None
-        scores = unseen_scores(self.model, self.pairing, self.image_size, int(self.fit_seed))
+        pairing, seed = self.pairing, int(self.fit_seed)
+        scores = None if pairing is None else unseen_scores(self.model, pairing, self.image_size, seed)
         return self.trainer.strategy.broadcast(scores)
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:

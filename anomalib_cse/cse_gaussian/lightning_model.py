@@ -17,8 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ..checks import check_budget_and_seed, check_defects, plain
-from ..deployment import DeploymentMixin, MidwayPostProcessor, UnseenScores, choose_post_processor, choose_pre_processor
+from ..checks import check_fit, plain
+from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
 from .fit import Fit, fit
 from .folds import unseen_scores
@@ -86,8 +86,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     ) -> None:
         layers, pre_trained, download_dtd, defects = map(plain, (layers, pre_trained, download_dtd, defects))
         image_size, center_crop_size, seed = map(plain, (image_size, center_crop_size, seed))
-        check_budget_and_seed(memory_budget, seed)
-        check_defects(KINDS, defects, dtd_dir, download_dtd)
+        check_fit(memory_budget, seed, KINDS, defects, dtd_dir, download_dtd)
         super().__init__(
             pre_processor=choose_pre_processor(pre_processor, image_size, center_crop_size),
             post_processor=choose_post_processor(post_processor, reject_rate),
@@ -177,8 +176,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         if self.sample is None:
             return
         sample, synthesis, self.sample, self.synthesis = self.sample, self.synthesis, None, None
-        if isinstance(self.post_processor, MidwayPostProcessor) and self.trainer.world_size == 1:
-            self.post_processor.check_enough(sample.count)
+        if self.trainer.world_size == 1:
+            self.check_unseen(sample.count)
         strategy = self.trainer.strategy
         seed = strategy.broadcast(self.effective_seed)
         if self.trainer.world_size > 1:

@@ -157,6 +157,11 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         """
         raise NotImplementedError
 
+    def check_unseen(self, count: int) -> None:
+        """Raise a ``ValueError`` if a rate of rejects is to come of so few images that a fit does not see."""
+        if isinstance(self.post_processor, MidwayPostProcessor):
+            self.post_processor.check_enough(count)
+
     def set_thresholds(self) -> None:
         """Set the thresholds that a rate of rejects asks for, where no validation does."""
         own = self.post_processor

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress lint types install clean bench-cost bench-compare bench-few bench-surfaces
+.PHONY: demo test stress browser lint types install clean bench-cost bench-compare bench-few bench-surfaces
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -35,6 +35,10 @@ test: install lint types
 # some minutes; CSE_STRESS=0.1 for a tenth of it
 stress: install
 	$(BIN)/pytest -s tests/stress
+
+# the report's page in Chromium, which must be there with its driver: apt-get install chromium chromium-driver
+browser: install
+	$(BIN)/pytest tests/browser
 
 # ARGS="latency", "compression --model CseGaussian --checkpoint model.ckpt --root ROOT --category NAME" or "training";
 # what each takes, ARGS="training --help" says

@@ -53,7 +53,7 @@ class Contender:
         """Return the model, with anomalib's ``components``; a timm backbone gets images as it was trained with them."""
         arguments = {**self.init_args, **components}
         if issubclass(self.model_class, (Cse, CseGaussian)):
-            arguments["seed"] = seed
+            arguments |= {"seed": seed, "report": False}
         elif "backbone" in self.init_args:
             arguments.setdefault("pre_processor", normalised(self.model_class, str(self.init_args["backbone"])))
         return self.model_class(**arguments)

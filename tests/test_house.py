@@ -15,10 +15,11 @@ MODELS = {"features", "synthesis", "deployment", "checks"}
 MAY_KNOW = {
     "cse": MODELS,
     "cse_gaussian": MODELS,
-    "deployment": {"data", "features", "checks"},
+    "deployment": {"data", "features", "report", "checks"},
     "features": {"checks"},
     "synthesis": {"checks"},
     "data": {"checks"},
+    "report": {"checks"},
 }
 LIBRARIES = {"torch", "torchvision", "timm", "kornia", "PIL", "numpy", *sys.stdlib_module_names}
 

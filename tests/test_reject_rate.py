@@ -156,10 +156,13 @@ def test_good_images_alone_mean_one_per_cent_of_rejects(mvtec_root, dtd, tmp_pat
     number, mean, deviation = model.post_processor.good_images.tolist()
     expected = np.exp(scipy.stats.t.ppf(0.99, number - 1, mean, deviation * np.sqrt(1 + 1 / number)))
     assert model.post_processor.image_threshold.item() == pytest.approx(expected, rel=1e-5)
-    [said] = [r.getMessage() for r in caplog.records if "Thresholds by 7 good images" in r.getMessage()]
     low, high = GoodScores(7, mean, deviation).interval(0.01)
-    assert f"{model.post_processor.image_threshold:.4g} for images" in said
-    assert f"1 % are expected to be rejected, between {100 * low:.2g} and {100 * high:.2g} %" in said
+    said = (
+        f"Thresholds are {model.post_processor.image_threshold:.4g} for images, "
+        f"{model.post_processor.pixel_threshold:.4g} for pixels. By 7 good images, each scored by a fit without it, "
+        f"1 % of such images will be rejected, between {100 * low:.2g} and {100 * high:.2g} % with 90% confidence."
+    )
+    assert said in [record.getMessage() for record in caplog.records]
     model, _ = fitted("CseGaussian", mvtec_root, dtd, tmp_path / "defects", QUIET)
     assert not model.post_processor.knows_good_scores
 

@@ -35,6 +35,7 @@ VALUES = {
     "center_crop_size": ((np.int64(48), np.int64(40)), (48, 40)),
     "memory_budget": (np.uint32(2**20), 2**20),
     "seed": (np.int64(3), 3),
+    "report": (np.zeros((), bool), False),
 }
 NOT_SAVED = {"pre_processor", "post_processor", "evaluator", "visualizer"}  # which anomalib saves otherwise
 OF_WEIGHTS = {"backbone": "test_efficientnet", "layers": [2, 3], "pre_trained": False, "weights": None}  # in the file

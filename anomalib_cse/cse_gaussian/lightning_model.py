@@ -55,6 +55,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             each scored by a fit without it. ``None`` takes the best F1 on the validation images, or 0.01 if none of
             them has a defect.
         seed: Decides sample and defects, in [0, 2^32); ``None`` takes torch's seed.
+        report: Write a page of scores and images at the end of a test and of a prediction.
         pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
 
     Raises:
@@ -79,6 +80,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         memory_budget: int = 2**30,
         reject_rate: float | None = None,
         seed: int | None = None,
+        report: bool = True,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -93,7 +95,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self.seed = seed
+        self.seed, self.report = seed, report
         with self.own_random_numbers():  # of random weights, if asked for
             self.model = CseGaussianModel(backbone, layers, pre_trained, weights, embedding_dim)
         self.make_exportable()

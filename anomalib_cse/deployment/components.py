@@ -10,9 +10,10 @@ from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
-from ..checks import check_size
+from ..checks import check_flag, check_size, plain
 from ..data import ImageCheck
 from ..features import FrozenBackbone
+from ..report import Report
 from .evaluator import TwoClassEvaluator
 from .post_processing import MidwayPostProcessor
 from .pre_processing import check_keeps_range, exact, fixed_size, resize_and_crop
@@ -26,6 +27,7 @@ class ComponentsMixin(LightningModule):
     model: nn.Module
     pre_processor: nn.Module | None
     post_processor: nn.Module | None
+    report: bool  # whether a test or prediction ends with a page of what it found
     image_size: tuple[int, int]  # height and width of what the pre-processor leaves of any image
 
     @property
@@ -58,7 +60,10 @@ class ComponentsMixin(LightningModule):
     def own_callbacks(self) -> list[Callback]:
         """Return what processes this model's images and scores, and no other's."""
         components: tuple[object, ...] = (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)
-        return [ImageCheck(), *(c for c in components if isinstance(c, Callback))]
+        own = [c for c in components if isinstance(c, Callback)]
+        # after the post-processor, which normalises scores
+        reports = [Report(self.backbone.architecture)] if self.report else []
+        return [ImageCheck(), *own, *reports]
 
     def configure_callbacks(self) -> list[Callback]:
         """Return this model's own callbacks, and the one that takes them out of the trainer at the end."""
@@ -69,8 +74,10 @@ class ComponentsMixin(LightningModule):
         """Have the pre-processor compute the same outside the trainer as within.
 
         Raises:
-            ValueError: If images of different sizes leave it with different sizes, or too small, or not in [0, 1].
+            ValueError: If images of different sizes leave it with different sizes, or too small, or not in [0, 1]; or
+                if an argument of both models is none.
         """
+        check_flag("report", plain(self.report))
         self.image_size = fixed_size(self.pre_processor)
         transform = cast(nn.Module, getattr(self.pre_processor, "transform", None))  # without one, sizes vary
         check_keeps_range(transform, "the pre_processor's transform")

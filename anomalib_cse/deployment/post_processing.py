@@ -176,7 +176,7 @@ class MidwayPostProcessor(PostProcessor):
         """Say what the thresholds are, if they are of good images, and which of those stand out."""
         del trainer, pl_module
         if self.knows_good_scores:
-            rank_zero_info(self.in_words(self.reject_rate or USUAL_RATE))
+            rank_zero_info(self.words)
         if self.suspicious:
             listed = ", ".join(f"{path} ({score:.3g})" for path, score in self.suspicious[:5])
             rank_zero_warn(
@@ -194,14 +194,18 @@ class MidwayPostProcessor(PostProcessor):
         extent = float(self.image_max - self.image_min) if scaled else 1.0
         return {"mean": good.mean, "deviation": good.deviation, "threshold": threshold, "range": extent}
 
-    def in_words(self, rate: float) -> str:
-        """Return the thresholds for a rate of rejects, and how far it can be trusted."""
+    @property
+    def words(self) -> str:
+        """What the thresholds are and how many good images they will reject; nothing if that is not known."""
+        if not self.knows_good_scores:
+            return ""
         good = spread(self.good_images)
+        rate = good.rate(float(self.image_threshold))
         low, high = good.interval(rate)
         return (
-            f"Thresholds by {good.number} good images, each scored by a fit without it: {self.image_threshold:.4g} for "
-            f"images, {self.pixel_threshold:.4g} for pixels. Of good images taken like them {100 * rate:.3g} % are "
-            f"expected to be rejected, between {100 * low:.2g} and {100 * high:.2g} % with {CONFIDENCE:.0%} confidence."
+            f"Thresholds are {self.image_threshold:.4g} for images, {self.pixel_threshold:.4g} for pixels. By "
+            f"{good.number} good images, each scored by a fit without it, {100 * rate:.2g} % of such images will be "
+            f"rejected, between {100 * low:.2g} and {100 * high:.2g} % with {CONFIDENCE:.0%} confidence."
         )
 
     @property

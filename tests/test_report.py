@@ -1,0 +1,213 @@
+"""The page after a test and after a prediction: what it says is what the model has scored."""
+
+import base64
+import json
+from html.parser import HTMLParser
+from io import BytesIO
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from anomalib.engine import Engine
+from PIL import Image
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from anomalib_cse.deployment.post_processing import MidwayPostProcessor
+from anomalib_cse.report import Report, pictures
+from anomalib_cse.report.callback import joined
+from anomalib_cse.report.page import Record
+
+from tiny import MODELS, QUIET, data_of
+
+both = pytest.mark.parametrize("name", MODELS)
+
+
+class Page(HTMLParser):
+    """A page's text, its scripts by their id, and all that it would load."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.text, self.scripts, self.loaded, self.script = "", {}, [], None
+        self.feed(path.read_text(encoding="utf-8"))
+        self.data, self.pictures = (json.loads(self.scripts[name]) for name in ("data", "pictures"))
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.script = attributes.get("id", f"script {len(self.scripts)}") if tag == "script" else None
+        self.loaded += [attributes[name] for name in ("src", "href", "srcset", "action") if name in attributes]
+
+    def handle_endtag(self, tag):
+        self.script = None if tag == "script" else self.script
+
+    def handle_data(self, text):
+        if self.script:
+            self.scripts[self.script] = self.scripts.get(self.script, "") + text
+        else:
+            self.text += text
+
+
+def post_processor(low=0.0, threshold=0.5, high=1.0, **options):
+    """One that has validated scores of a range; with that of [0, 1] it leaves scores as they are."""
+    own = MidwayPostProcessor(**options)
+    for name, value in own.named_buffers():
+        value.fill_({"min": low, "max": high, "threshold": threshold}[name.rpartition("_")[2]])
+    return own
+
+
+def batch(scores, labels, paths, size=(40, 30)):
+    torch.manual_seed(0)
+    scores = torch.tensor(scores)
+    maps = scores[:, None, None].expand(-1, *size).clone()
+    maps[:, :2] = 0
+    return ImageBatch(
+        image=torch.rand(len(scores), 3, *size),
+        image_path=paths,
+        gt_label=None if labels is None else torch.tensor(labels),
+        pred_score=scores,
+        anomaly_map=maps,
+    )
+
+
+def page_of(folder, *batches, own=None, run="test"):
+    """The page of batches as a post-processor leaves them."""
+    own, report = own or post_processor(), Report("network")
+    model = SimpleNamespace(post_processor=own, device=torch.device("cpu"))
+    trainer = SimpleNamespace(
+        default_root_dir=folder, fast_dev_run=False, callback_metrics={}, test_dataloaders=[], predict_dataloaders=[]
+    )
+    getattr(report, f"on_{run}_start")(trainer, model)
+    for number, outputs in enumerate(batches):
+        own.post_process_batch(outputs)
+        getattr(report, f"on_{run}_batch_end")(trainer, model, outputs, outputs, number, 0)
+    getattr(report, f"on_{run}_end")(trainer, model)
+    [file] = folder.iterdir()
+    assert file.name == {"test": "report.html", "predict": "report-predict.html"}[run]
+    return Page(file)
+
+
+@both
+def test_page_says_what_the_model_has_scored(name, trained, mvtec_root, tmp_path, capsys):
+    model, data = MODELS[name].load_from_checkpoint(trained[name][1]), data_of(mvtec_root)
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    [metrics] = engine.test(model, datamodule=data, verbose=False)
+    predictions = engine.predict(model, data_path=mvtec_root / "tiny" / "test")
+    of = {path: score for b in predictions for path, score in zip(b.image_path, b.pred_score.tolist(), strict=True)}
+    expected = {"/".join(path.split("/")[-2:]): pytest.approx(score, abs=1e-6) for path, score in of.items()}
+    [tested, predicted] = map(Page, sorted(tmp_path.rglob("*.html"), key=lambda file: -len(file.name))[::-1])
+    for page in (tested, predicted):
+        assert dict(zip(page.data["names"], page.data["scores"], strict=True)) == expected
+        assert len(expected) == 8 == len(page.pictures)
+        assert (page.data["threshold"], page.data["normalised"]) == (0.5, True)
+        assert not [file for file in page.loaded if not file.startswith("data:")]
+    kinds = [tested.data["kinds"][kind] for kind in tested.data["kind"]]
+    assert kinds == [name.split("/")[0] for name in tested.data["names"]]
+    assert f"Test of {name} on MVTecAD, tiny" in tested.text
+    assert "8 images: 4 good, 4 with defects (4 square)" in tested.text
+    for metric, value in metrics.items():
+        assert f"{metric.replace('_', ' ')}{value:.3f}" in tested.text.replace(" <", "<")
+    assert "test_efficientnet" in tested.text
+    labels, scores = [kind != "good" for kind in kinds], tested.data["scores"]
+    false_rejects, found, _ = roc_curve(labels, scores)
+    precision, recall, _ = precision_recall_curve(labels, scores, drop_intermediate=True)
+    assert tested.data["roc"] == {"x": list(false_rejects), "y": list(found)}
+    assert tested.data["precision_recall"] == {"x": list(recall), "y": list(precision)}
+    # cut as anomalib does
+    cut = {path: label for b in predictions for path, label in zip(b.image_path, b.pred_label.tolist(), strict=True)}
+    above = dict(zip(predicted.data["names"], (s > 0.5 for s in predicted.data["scores"]), strict=True))
+    assert above == {"/".join(path.split("/")[-2:]): label for path, label in cut.items()}
+    assert (predicted.data["labelled"], predicted.data["kinds"], predicted.data["roc"]) == (False, ["images"], None)
+    assert f"Prediction of {name}" in predicted.text
+    assert "8 images, without labels" in predicted.text
+
+
+@both
+def test_page_is_not_written_where_it_is_not_wanted(name, trained, mvtec_root, tmp_path):
+    data, path = data_of(mvtec_root), trained[name][1]
+    for options, report in (({}, False), ({"fast_dev_run": True}, True)):
+        model = MODELS[name].load_from_checkpoint(path, report=report)
+        engine = Engine(default_root_dir=tmp_path, **QUIET, **options)
+        engine.test(model, datamodule=data, verbose=False)
+        engine.predict(model, data_path=mvtec_root / "tiny" / "test")
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    odd = ["</script><b>.png", "good/'\"&lt;.png", "</面ü {{ x }}.png", "a'b/\udce4.png"]  # the folder of two is <
+    paths = [f"/x/{file}" for file in odd]
+    page = page_of(tmp_path, batch([0.1, 0.2, 0.6, 0.7], [1, 0, 1, 1], paths), batch([0.3, 0.9], [0, 1], None))
+    assert page.data["names"][:4] == odd
+    assert page.data["names"][4:] == ["image 5", "image 6"]
+    assert page.data["kinds"] == ["good", "<", "a'b", "defect"]
+    assert [page.data["kinds"][kind] for kind in page.data["kind"]] == ["<", "good", "<", "a'b", "good", "defect"]
+    assert "6 images: 2 good, 4 with defects (2 <, 1 a'b, 1 defect)" in page.text
+
+
+def test_pictures_are_those_nearest_to_the_threshold(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "MOST", 5)
+    scores = np.random.default_rng(0).random((6, 10), dtype=np.float32)
+    page = page_of(tmp_path, *(batch(list(s), None, None, size=(400, 200)) for s in scores), run="predict")
+    every = scores.flatten().astype(float)
+    assert page.data["scores"] == pytest.approx(list(every), abs=1e-6)
+    assert sorted(number for number, *_ in page.pictures) == sorted(np.argsort(np.abs(every - 0.5))[:5])
+    assert "5 of 60 images are shown, those nearest to the threshold" in page.text
+    for number, *files in page.pictures:
+        image, drawn = (Image.open(BytesIO(base64.b64decode(file))) for file in files)
+        assert (image.size, drawn.size) == ((80, 160), (40, 80))
+        wanted = pictures.COLOURS(every[number], bytes=True)[:3]
+        assert np.abs(np.asarray(drawn)[60, 20].astype(int) - wanted).max() < 12
+        assert np.asarray(drawn)[0, 20].sum() < np.asarray(drawn)[60, 20].sum()
+
+
+def test_without_thresholds_the_highest_scores_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "MOST", 2)
+    page = page_of(tmp_path, batch([1.0, 5.0, 3.0, 2.0], None, None), own=MidwayPostProcessor(), run="predict")
+    assert (page.data["threshold"], page.data["normalised"]) == (None, False)
+    assert sorted(number for number, *_ in page.pictures) == [1, 2]
+    for words in ("This run has no threshold", "those of the highest scores", "not normalised to [0, 1]"):
+        assert words in page.text
+
+
+@pytest.mark.parametrize(
+    ("options", "threshold"), [({"image_sensitivity": 0.25}, 0.75), ({"enable_normalization": False}, 3.0)]
+)
+def test_threshold_is_that_of_the_post_processor(options, threshold, tmp_path):
+    page = page_of(tmp_path, batch([1.0, 5.0, 3.5], [0, 1, 1], None), own=post_processor(1.0, 3.0, 5.0, **options))
+    assert page.data["threshold"] == threshold
+    assert page.data["normalised"] is (threshold == 0.75)
+    assert page.data["scores"] == ([0, 1, 0.625] if threshold == 0.75 else [1, 5, 3.5])
+
+
+@pytest.mark.parametrize(("label", "words"), [(0, "There are no defective ones"), (1, "There are no good ones")])
+def test_what_one_class_cannot_show_is_said(label, words, tmp_path):
+    page = page_of(tmp_path, batch([0.2, 0.7], [label, label], ["/x/a/1.png", "/x/b/2.png"]))
+    assert page.data["kinds"] == (["good", "a", "b"] if label else ["good"])
+    assert (page.data["roc"], page.data["precision_recall"]) == (None, None)
+    assert words in page.text
+
+
+def test_nothing_is_written_without_scores(tmp_path):
+    report, outputs = Report("network"), batch([0.5], [0], None)
+    trainer = SimpleNamespace(default_root_dir=tmp_path, fast_dev_run=False, test_dataloaders=[])
+    report.on_test_start(trainer, SimpleNamespace())
+    for nothing in (None, torch.zeros(2), outputs.update(pred_score=None)):
+        report.on_test_batch_end(trainer, None, nothing, None, 0)
+    report.on_test_end(trainer, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_share_one_page():
+    """Lightning fills up the last share with images of others."""
+    first = [Record("a", label=False, score=0.1), Record(None, label=True, score=0.9)]
+    second = [
+        Record("a", label=False, score=0.1),
+        Record("b", label=True, score=0.6),
+        Record(None, label=False, score=0.2),
+    ]
+    shares = [(first, [(-0.4, 0, b"a", b""), (-0.4, -1, b"none", b"")])]
+    shares += [(second, [(-0.4, 0, b"a", b""), (-0.1, -1, b"b", b""), (-0.3, -2, b"other", b"")])]
+    records, kept = joined(shares)
+    assert records == [first[0], first[1], *second[1:]]
+    assert {(-number, image) for _, number, image, _ in kept} == {(0, b"a"), (1, b"none"), (2, b"b"), (3, b"other")}

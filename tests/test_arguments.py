@@ -33,6 +33,7 @@ OUT_OF_RANGE = {
     "center_crop_size": (r"\(height, width\)|within image_size", [(0, 64), (64,), 32, (65, 64), (8, 64), (32.5, 32)]),
     "memory_budget": (r"whole number in \[0, inf\)", [-1, NAN, INF, "1", None, 1.5]),
     "report": ("True or False", ["no", None, 1]),
+    "reject_rate": (r"number in \(0, 0.5\]", [0, 0.6, NAN, "a", True]),
     "seed": (r"whole number in \[0, 4294967296\)", [-1, 1.5, NAN, "a", 2**32]),
 }  # fmt: skip
 OTHERS = {"weights", "pre_processor", "post_processor", "evaluator", "visualizer"}  # below, and anomalib's own

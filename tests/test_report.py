@@ -53,7 +53,7 @@ def post_processor(low=0.0, threshold=0.5, high=1.0, **options):
     """One that has validated scores of a range; with that of [0, 1] it leaves scores as they are."""
     own = MidwayPostProcessor(**options)
     for name, value in own.named_buffers():
-        value.fill_({"min": low, "max": high, "threshold": threshold}[name.rpartition("_")[2]])
+        value.fill_({"min": low, "max": high, "threshold": threshold}.get(name.rpartition("_")[2], torch.nan))
     return own
 
 
@@ -90,7 +90,7 @@ def page_of(folder, *batches, own=None, run="test"):
 
 @both
 def test_page_says_what_the_model_has_scored(name, trained, mvtec_root, tmp_path, capsys):
-    model, data = MODELS[name].load_from_checkpoint(trained[name][1]), data_of(mvtec_root)
+    model, data = MODELS[name].load_from_checkpoint(trained[name][1], report=True), data_of(mvtec_root)
     engine = Engine(default_root_dir=tmp_path, **QUIET)
     [metrics] = engine.test(model, datamodule=data, verbose=False)
     predictions = engine.predict(model, data_path=mvtec_root / "tiny" / "test")

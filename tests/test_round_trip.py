@@ -30,10 +30,11 @@ VALUES = {
     "download_dtd": (np.zeros((), bool), False),
     "defects": (np.array(["blur", "structural"]), ["blur", "structural"]),
     "learning_rate": (np.float64(1e-3), 1e-3),
-    "holdout_ratio": (np.float32(0.25), 0.25),
+    "holdout_ratio": (np.float32(0.5), 0.5),
     "image_size": (np.array([64, 72]), [64, 72]),
     "center_crop_size": ((np.int64(48), np.int64(40)), (48, 40)),
     "memory_budget": (np.uint32(2**20), 2**20),
+    "reject_rate": (np.float32(0.25), 0.25),
     "seed": (np.int64(3), 3),
     "report": (np.zeros((), bool), False),
 }

@@ -16,6 +16,7 @@ COMMON = {
     "pre_trained": False,
     "image_size": (64, 64),
     "seed": 0,
+    "report": False,  # a page has 5 MB; test_report.py asks for it
 }
 MODELS = {"Cse": Cse, "CseGaussian": CseGaussian}
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}

@@ -52,7 +52,7 @@ class MidwayPostProcessor(PostProcessor):
     """anomalib's post-processor, with an image threshold halfway between two scores, or one for a rate of rejects.
 
     Without thresholds, as nothing has been validated, it gives no labels and no masks; anomalib's cuts raw scores at
-    one half. ``good_images`` and ``good_pixels``, NaN until they are needed, are how the scores of good images that a
+    one half. ``good_images`` and ``good_pixels``, 0 until they are needed, are how the scores of good images that a
     fit has not seen spread, and the highest values of their maps: a :class:`GoodScores` each.
 
     Args:
@@ -70,8 +70,8 @@ class MidwayPostProcessor(PostProcessor):
 
     def __init__(self, reject_rate: float | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.register_buffer("good_images", torch.full((3,), torch.nan))
-        self.register_buffer("good_pixels", torch.full((3,), torch.nan))
+        self.register_buffer("good_images", torch.zeros(3))
+        self.register_buffer("good_pixels", torch.zeros(3))
         self.reject_rate = reject_rate
         # anomalib has no public way to choose the threshold
         self._image_threshold_metric = MidwayThreshold(fields=["pred_score", "gt_label"], strict=False)
@@ -102,7 +102,7 @@ class MidwayPostProcessor(PostProcessor):
     @property
     def knows_good_scores(self) -> bool:
         """Whether a fit has told how scores of good images spread."""
-        return not bool(self.good_images.isnan().any())
+        return bool(self.good_images[0] > 0)
 
     def check_enough(self, count: int) -> None:
         """Raise a ``ValueError`` if a rate of rejects was asked for and too few good images can tell thresholds."""
@@ -168,8 +168,8 @@ class MidwayPostProcessor(PostProcessor):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the scores of another fit."""
         del trainer, pl_module
-        self.good_images.fill_(torch.nan)
-        self.good_pixels.fill_(torch.nan)
+        self.good_images.zero_()
+        self.good_pixels.zero_()
         self.suspicious = ()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

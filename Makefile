@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress browser lint types install clean bench-cost bench-compare bench-few bench-surfaces
+.PHONY: demo test stress browser lint types install clean bench-cost bench-compare bench-few bench-thresholds bench-surfaces
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -52,6 +52,10 @@ bench-compare: install
 # DATA=ROOT ARGS="--categories grid ... --models CseGaussian Padim": with 1 to 32 training images, five draws of each
 bench-few: install
 	$(BIN)/python benchmarks/few.py --root $(DATA) $(ARGS)
+
+# DATA=ROOT ARGS="--categories grid ...": good images that are rejected, expected and counted
+bench-thresholds: install
+	$(BIN)/python benchmarks/thresholds.py --root $(DATA) $(ARGS)
 
 # ARGS="--output ROOT": SurfaceDemo's sets for bench-compare; with "--photographs DTD" others like them and parts too
 bench-surfaces: install

@@ -13,12 +13,15 @@ import pytest
 import timm
 import torch
 import yaml
+from anomalib.data import PredictDataset
+from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from torchvision.transforms.v2 import Normalize
 
 from anomalib_cse import Cse, CseGaussian
+from anomalib_cse.deployment import MidwayPostProcessor
 
-from tiny import COMMON
+from tiny import COMMON, QUIET
 
 ROOT = Path(__file__).parents[1]
 LISTS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
@@ -231,6 +234,31 @@ def test_few_images_are_as_many_as_are_asked_for_and_other_ones_in_every_draw(mv
     assert f"| Tiny | 3 | 1 | {lines['AUPRO'].mean():.3g} |" in (tmp_path / "few" / "table.md").read_text()
     with pytest.raises(SystemExit):
         few.main([*map(str, arguments), "--counts", "11", "--output", str(tmp_path / "few")])
+
+
+def test_thresholds_are_counted_out_on_the_test_images(mvtec_root, dtd, tmp_path):
+    import thresholds
+
+    from contenders import read_contenders
+
+    contender = {"name": "Tiny", "class_path": "anomalib_cse.CseGaussian", "init_args": {**TINY, "dtd_dir": str(dtd)}}
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"models": [contender]}))
+    arguments = ["--config", tmp_path / "list.yaml", "--root", mvtec_root, "--categories", "tiny", "--model", "Tiny"]
+    thresholds.main([*map(str, arguments), "--output", str(tmp_path / "out")])
+    lines = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert lines["way"].tolist() == ["reject_rate"] * 3 + ["from_train", "synthetic"]
+    assert lines["images"].tolist() == [10] * 3 + [8, 8]
+    assert (lines["defects found %"] == 100).all()
+    images = thresholds.images_of(mvtec_root / "tiny", "reject_rate", 32)
+    model = read_contenders(tmp_path / "list.yaml")["Tiny"].build(0, post_processor=MidwayPostProcessor(0.1))
+    Engine(default_root_dir=tmp_path, limit_val_batches=0, **QUIET).fit(model, datamodule=images)
+    paths = sorted((mvtec_root / "tiny" / "test" / "good").iterdir())
+    items = [PredictDataset(path=path)[0] for path in paths]
+    scores = [model.model(model.pre_processor(item.image[None])).pred_score.item() for item in items]
+    rejected = sum(score > model.post_processor.image_threshold for score in scores)
+    assert lines["good ones rejected"][2] == f"{rejected} of 4"
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert f"| tiny | 10 | reject_rate | 10 | {lines['good ones rejected, expected'][2]} | {rejected} of 4 |" in table
 
 
 def test_surfaces_are_the_first_photographs_that_are_large_enough_and_the_same_every_time(tmp_path, capsys):

@@ -131,6 +131,17 @@ def test_rate_survives_the_checkpoint_and_can_be_changed_after_it(name, rejectin
         own.reject_rate = 0.7
 
 
+def test_a_checkpoint_from_before_good_scores_were_kept_loads(rejecting, tmp_path):
+    checkpoint = torch.load(rejecting["CseGaussian"][1], weights_only=True)
+    for name in ("good_images", "good_pixels"):
+        del checkpoint["state_dict"][f"post_processor.{name}"]
+    del checkpoint["anomalib_post_processor_config"]["reject_rate"], checkpoint["hyper_parameters"]["reject_rate"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    own = MODELS["CseGaussian"].load_from_checkpoint(tmp_path / "old.ckpt").post_processor
+    assert (own.reject_rate, own.knows_good_scores) == (None, False)
+    assert torch.equal(own.image_threshold, rejecting["CseGaussian"][0].post_processor.image_threshold)
+
+
 @BOTH
 def test_another_rate_than_that_of_a_checkpoint_is_refused(name, rejecting, mvtec_root, tmp_path):
     model = MODELS[name](**COMMON, reject_rate=0.2)

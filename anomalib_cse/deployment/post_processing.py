@@ -72,6 +72,7 @@ class MidwayPostProcessor(PostProcessor):
         super().__init__(**options)
         self.register_buffer("good_images", torch.zeros(3))
         self.register_buffer("good_pixels", torch.zeros(3))
+        self.register_load_state_dict_pre_hook(know_nothing)
         self.reject_rate = reject_rate
         # anomalib has no public way to choose the threshold
         self._image_threshold_metric = MidwayThreshold(fields=["pred_score", "gt_label"], strict=False)
@@ -239,6 +240,13 @@ class MidwayPostProcessor(PostProcessor):
         """Note scores for the thresholds, unless the model says that they are those of the last validation."""
         if getattr(pl_module, "scores_changed", True):
             super().on_validation_batch_end(trainer, pl_module, *args, **kwargs)
+
+
+def know_nothing(own: nn.Module, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
+    """Load a checkpoint from before good scores were kept."""
+    del args
+    for name in ("good_images", "good_pixels"):
+        state_dict.setdefault(f"{prefix}{name}", torch.zeros_like(own.get_buffer(name)))
 
 
 def spread(values: Tensor) -> GoodScores:

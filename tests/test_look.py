@@ -82,7 +82,7 @@ def leaked(category):
 
 
 def wide(category):
-    noise(1, (72, 120, 3)).save(category / "test" / "good" / "wide.png")
+    noise(1, (72, 106, 3)).save(category / "test" / "good" / "wide.png")
 
 
 def grey(category):
@@ -114,7 +114,7 @@ ERRORS = {
 WARNINGS = {
     repeated: r"020\.png is the same image as \S*003\.png, which trains twice \(1 others too\)$",
     leaked: r"test/good/009\.png is to test with, but \S*train/good/003\.png, .* flatters \(1 others too\)$",
-    wide: r"images are resized to one shape, .*/\d+\.png has 96x72 pixels, \S*wide\.png 120x72$",
+    wide: r"images are resized to one shape, .*/\d+\.png has 96x72 pixels, \S*wide\.png 106x72$",
     grey: r"grey1\.png is grey, but \S*\d+\.png colour: .* \(1 others too\)$",
     alpha: r"train/good/alpha\.png has an alpha channel: anomalib drops it.* \(1 others too\)$",
     black: r"black\.png is nearly constant.* \(1 others too\)$",
@@ -288,3 +288,29 @@ def test_the_command_reads_masks_and_refuses_what_is_no_dataset(category, capsys
             main([str(category), str(category / place)])
         assert stopped.value.code == 2
         assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ((64, 64), ["resized to 64x64, one side is shortened 16 times more than the other", "(32, 256) (height"]),
+        ((32, 512), []),
+        ((32, 400), []),
+        ((512, 32), ["resized to 32x512, one side is shortened 2.6e+02 times", "(32, 512) (height"]),
+    ],
+)
+def test_strip_that_is_squeezed_is_warned_of(size, said, tmp_path):
+    for number in range(3):
+        noise(number, (32, 512, 3)).save(tmp_path / f"{number}.png")
+    found = look([Sample(str(path)) for path in sorted(tmp_path.iterdir())], [], [], size)
+    assert len(found.warnings) == bool(said)
+    assert all(part in found.warnings[0] for part in said)
+
+
+def test_fit_warns_of_squeezed_images_by_the_size_of_its_pre_processor(tmp_path):
+    for number in range(6):
+        noise(number, (72, 200, 3)).save(tmp_path / f"{number}.png")
+    data = Folder(name="strips", normal_dir=tmp_path, test_split_mode="none", val_split_mode="none", num_workers=0)
+    model = MODELS["CseGaussian"](**COMMON)
+    with pytest.warns(UserWarning, match=r"resized to 64x64, one side is shortened 2.8 times more .*\(32, 96\)"):
+        Engine(default_root_dir=tmp_path / "out", limit_val_batches=0, **QUIET).fit(model, datamodule=data)

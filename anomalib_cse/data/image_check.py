@@ -7,6 +7,7 @@ from traceback import walk_tb
 from typing import Any, cast
 
 from anomalib.data import DepthBatch, ImageBatch
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils import LabelName
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.v2 import Resize
 
 from ..checks import and_others, check_pixels, read_rgb, warn_of_files
 from .look import Sample, look
@@ -141,13 +143,13 @@ class ImageCheck(Callback):
         Raises:
             ValueError: If a file cannot be read, or an image is labelled both good and defective.
         """
-        del pl_module
         data = getattr(trainer, "datamodule", None)
         limits = {"val_data": trainer.limit_val_batches, "test_data": trainer.limit_test_batches}
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             limits = dict.fromkeys(limits, 0)
         datasets = [getattr(data, name, None) if limit else None for name, limit in limits.items()]
-        found = look(self.training, *map(samples_of, datasets))
+        validation, test = map(samples_of, datasets)
+        found = look(self.training, validation, test, resized_to(getattr(pl_module, "pre_processor", None)))
         if found.errors:
             more = [f"and {len(found.errors) - NAMED} more"] if len(found.errors) > NAMED else []
             raise ValueError("\n".join([*found.errors[:NAMED], *more]))
@@ -190,6 +192,12 @@ class ImageCheck(Callback):
         reason = next(filter(None, map(reason_unreadable, files)), "")
         if reason:
             exception.add_note(reason)
+
+
+def resized_to(pre_processor: object) -> Sequence[int]:
+    """Return the height and width that a pre-processor resizes images to, whatever they are; else nothing."""
+    resizes = extract_transforms_by_type(getattr(pre_processor, "transform", None), Resize)
+    return resizes[0].size if resizes and len(resizes[0].size) == 2 else ()
 
 
 def warn_of(messages: Iterable[str]) -> None:

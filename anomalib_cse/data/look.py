@@ -12,6 +12,7 @@ from PIL import Image, ImageStat
 from ..checks import and_others, opened
 
 ASPECTS = 1.1  # that widths to heights may differ by: less is no more than a crop by hand
+SQUEEZED = 1.5  # times that resizing may shorten one side more than the other
 DARK = 1.0  # standard deviation, of 255 grey values, that a covered lens stays below
 IN_A_ROW = 5  # files, from the one that takes the fewest bytes, that show something: then the larger ones do
 SIDE = 128  # of the pixels that are looked at first
@@ -58,8 +59,10 @@ class Look(NamedTuple):
     warnings: list[str]
 
 
-def look(training: Sequence[Sample], validation: Sequence[Sample], test: Sequence[Sample]) -> Look:
-    """Look at images without decoding more than a few of them."""
+def look(
+    training: Sequence[Sample], validation: Sequence[Sample], test: Sequence[Sample], size: Sequence[int] = ()
+) -> Look:
+    """Look at images, which are resized to a height and width if ``size`` says so; decode no more than a few."""
     parts = {"training": list(dict.fromkeys(training)), "evaluation": list(dict.fromkeys((*validation, *test)))}
     if not any(parts.values()):
         return Look("", [], [])
@@ -73,7 +76,7 @@ def look(training: Sequence[Sample], validation: Sequence[Sample], test: Sequenc
     both = [*headers[0], *headers[1]]
     readable = {header.path for header in both}
     contradictions, warnings = copies(*([s for s in part if s.image in readable] for part in parts.values()))
-    warnings += mixtures(both)
+    warnings += mixtures(both, size)
     if constant:
         warnings.append(
             f"{constant[0]} is nearly constant, as with the lens covered: it trains for nothing, take it out"
@@ -199,10 +202,25 @@ def copies(training: Sequence[Sample], evaluation: Sequence[Sample]) -> tuple[li
     return errors, warnings
 
 
-def mixtures(headers: Sequence[Header]) -> list[str]:
-    """Return what may be wrong with images of several kinds."""
+def squeeze(header: Header, size: Sequence[int]) -> float:
+    """Return how many times more one side of an image is shortened than the other by resizing to a height and width."""
+    ratio = header.width * size[0] / (header.height * size[1])
+    return max(ratio, 1 / ratio)
+
+
+def mixtures(headers: Sequence[Header], size: Sequence[int]) -> list[str]:
+    """Return what may be wrong with images of several kinds, or of other proportions than they are resized to."""
     warnings = []
     order = sorted(headers, key=lambda header: header.width / header.height)
+    worst = max(headers, key=lambda header: squeeze(header, size), default=None) if size else None
+    if worst and squeeze(worst, size) > SQUEEZED:
+        side = (size[0] * size[1] / (worst.width * worst.height)) ** 0.5  # as many pixels as now
+        better = tuple(max(32, 32 * round(side * pixels / 32)) for pixels in (worst.height, worst.width))
+        warnings.append(
+            f"{worst.path} has {worst.width}x{worst.height} pixels (width x height); resized to {size[1]}x{size[0]}, "
+            f"one side is shortened {squeeze(worst, size):.2g} times more than the other: give image_size the "
+            f"proportions of the images, such as {better} (height, width)"
+        )
     if order and order[-1].width * order[0].height > ASPECTS * order[0].width * order[-1].height:
         narrow, wide = order[0], order[-1]
         warnings.append(

@@ -79,23 +79,25 @@ class Drift:
     MOVED = 0.5  # deviations: 1 % of rejected good images then becomes 3 %
 
     def __init__(self, model: openvino.Model) -> None:
-        names = ("mean", "deviation", "threshold", "range")
+        names = ("number", "mean", "deviation", "range")
         self.usual = {name: float(model.get_rt_info(["good_scores", name]).value) for name in names}
+        # a median of 100 and a mean of few training images differ by chance, too
+        self.most = max(self.MOVED, 3 * (1 / self.usual["number"] + 1.57 / self.RECENT) ** 0.5)
         self.recent = deque[float](maxlen=self.RECENT)
         self.has_moved = False
 
     def add(self, score: float) -> str:
         """Return what to say after another score: nothing, unless the recent ones begin or cease to be unusual."""
-        raw = (score - 0.5) * self.usual["range"] + self.usual["threshold"]
-        self.recent.append(math.log(max(raw, 1e-38)))
+        self.recent.append(math.log(max(score * self.usual["range"], 1e-38)))
         if len(self.recent) < self.RECENT:
             return ""
         shift = (statistics.median(self.recent) - self.usual["mean"]) / self.usual["deviation"]
-        if (abs(shift) > self.MOVED) == self.has_moved:
-            return ""
-        self.has_moved = not self.has_moved
-        if not self.has_moved:
+        if abs(shift) <= self.most / 2 and self.has_moved:
+            self.has_moved = False
             return f"the last {self.RECENT} scores are usual again"
+        if abs(shift) <= self.most or self.has_moved:
+            return ""
+        self.has_moved = True
         return (
             f"the last {self.RECENT} scores have moved by {shift:+.1f} deviations from those of good training images: "
             "if these frames show good parts, the rate of rejects is no longer that of training"

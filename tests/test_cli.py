@@ -163,14 +163,17 @@ class Note(Callback):
 rank = int(os.environ.get("LOCAL_RANK", 0))  # anomalib numbers folders without a lock: each process has its own
 torch.manual_seed(rank)  # what both are to agree in, one must tell the other
 for name, model, root in (("Cse", Cse, "ten"), ("CseGaussian", CseGaussian, "ten"), ("few", Cse, "two")):
-    model, note = model(**{arguments}), Note()
+    rate = {{"reject_rate": 0.1}} if name == "CseGaussian" else {{}}
+    model, note = model(**{arguments}, **rate), Note()
     engine = Engine(
         max_epochs=3, accelerator="cpu", devices=2, strategy="ddp", callbacks=[note], logger=False,
         default_root_dir=f"ddp{{rank}}", enable_model_summary=False, enable_progress_bar=False,
     )
     engine.fit(model, datamodule=MVTecAD(root=root, category="tiny", num_workers=0, train_batch_size=2))
     trained = {{name: value.detach() for name, value in model.named_parameters()}}
-    torch.save({{"deployed": model.model.state_dict(), "trained": trained, "sees": note.sees}}, f"{{name}}{{rank}}.pt")
+    own = dict(model.post_processor.named_buffers())
+    states = {{"deployed": model.model.state_dict(), "trained": trained, "thresholds": own, "sees": note.sees}}
+    torch.save(states, f"{{name}}{{rank}}.pt")
 """
 
 
@@ -193,7 +196,7 @@ def two_processes(mvtec_root, arguments, tmp_path_factory):
 def fitted_by_two(folder, name):
     """The model of the first process, which must be that of the second, and the images that each has trained with."""
     first, second = (torch.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in range(2))
-    for part in ("deployed", "trained"):
+    for part in ("deployed", "trained", "thresholds"):
         assert all(torch.equal(value, second[part][key]) for key, value in first[part].items())
     model = (MODELS.get(name) or MODELS["Cse"])(**COMMON).model
     model.load_state_dict(first["deployed"])
@@ -222,5 +225,8 @@ def test_two_processes_get_one_cse_gaussian_whose_means_are_of_all_images(two_pr
     assert [len(set(share)) for share in shares] == [5, 5]
     assert not set(shares[0]) & set(shares[1])
     features = model.smoothed_features(training_images(two_processes / "ten"))
+    thresholds = torch.load(two_processes / "CseGaussian0.pt", weights_only=True)["thresholds"]
+    assert thresholds["good_images"][0] == 5  # the first process has scored its own
+    assert thresholds["image_max"] == 2 * thresholds["_image_threshold"] > 0
     for gaussian, of_layer in zip(model.maps, features, strict=True):
         assert torch.allclose(gaussian.mean, of_layer.mean(dim=(0, 2, 3)), atol=1e-4)

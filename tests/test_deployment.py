@@ -18,8 +18,9 @@ from sklearn.metrics import f1_score
 from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, Resize
 from torchvision.transforms.v2 import functional as TF
 
-from anomalib_cse.deployment.post_processing import MidwayPostProcessor, MidwayThreshold
+from anomalib_cse.deployment import MidwayPostProcessor
 from anomalib_cse.deployment.pre_processing import ExactResize
+from anomalib_cse.deployment.thresholds import MidwayThreshold
 
 from tiny import COMMON, MODELS, QUIET, data_of
 

@@ -1,5 +1,6 @@
 """Thresholds from good images: rates that come true, on the whole way from the fit to the camera loop."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from anomalib.data import Folder, PredictDataset
+from anomalib.data import Folder, ImageBatch, PredictDataset
 from anomalib.deploy import ExportType, OpenVINOInferencer
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import resize
 
 from anomalib_cse import Cse
+from anomalib_cse.cse.centres import unseen_scores
 from anomalib_cse.data.check import main as check
 from anomalib_cse.deployment import MidwayPostProcessor, compare_good_images
 from anomalib_cse.deployment.comparison import Comparison
@@ -143,6 +147,90 @@ def test_a_checkpoint_from_before_good_scores_were_kept_loads(rejecting, tmp_pat
 
 
 @BOTH
+def test_a_changed_rate_is_saved_with_the_model(name, rejecting, mvtec_root, tmp_path):
+    model = MODELS[name].load_from_checkpoint(rejecting[name][1])
+    model.post_processor.reject_rate = 0.2
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    engine.test(model, datamodule=data_of(mvtec_root))
+    engine.trainer.save_checkpoint(tmp_path / "changed.ckpt")
+    loaded = MODELS[name].load_from_checkpoint(tmp_path / "changed.ckpt")
+    assert (loaded.post_processor.reject_rate, loaded.hparams["reject_rate"]) == (0.2, 0.2)
+    assert torch.equal(loaded.post_processor.image_threshold, model.post_processor.image_threshold)
+
+
+def test_a_rate_that_cannot_be_told_is_refused(trained, rejecting, tmp_path):
+    model = MODELS["CseGaussian"].load_from_checkpoint(trained["CseGaussian"][1])
+    with pytest.raises(ValueError, match="no fit has told how scores of good images spread"):
+        model.post_processor.reject_rate = 0.05
+    with pytest.raises(ValueError, match=r"the model was given reject_rate=0\.05, but None of"):
+        MODELS["CseGaussian"].load_from_checkpoint(trained["CseGaussian"][1], reject_rate=0.05)
+    for options in ({"image_sensitivity": 0.7}, {"enable_normalization": False}, {"enable_thresholding": False}):
+        with pytest.raises(ValueError, match=f"does not go with {next(iter(options))}"):
+            MidwayPostProcessor(0.05, **options)
+
+
+def test_a_changed_sensitivity_is_in_what_is_expected(rejecting):
+    """The label cuts at 0.3, so at three fifths of the threshold."""
+    model = MODELS["CseGaussian"].load_from_checkpoint(rejecting["CseGaussian"][1])
+    own = model.post_processor
+    own.image_sensitivity = 0.7
+    number, mean, deviation = own.good_images.tolist()
+    rate = GoodScores(int(number), mean, deviation).rate(0.6 * own.image_threshold.item())
+    assert own.expectation.startswith(f"{100 * rate:.2g} % expected")
+
+
+def test_good_scores_survive_a_resumed_run_that_no_epoch_improves(dtd, tmp_path):
+    data, folder = many(tmp_path), tmp_path / "first"
+    model, engine = fitted("Cse", None, dtd, folder, data=data, reject_rate=0.05)
+    again = Cse(**COMMON, dtd_dir=str(dtd), reject_rate=0.05)
+    resuming = Engine(max_epochs=2, default_root_dir=tmp_path / "second", **UNVALIDATED)
+    resuming.fit(again, datamodule=data, ckpt_path=engine.best_model_path)
+    assert again.post_processor.knows_good_scores
+    assert torch.equal(again.post_processor.good_images, model.post_processor.good_images)
+    assert torch.equal(again.post_processor.image_threshold, model.post_processor.image_threshold)
+
+
+def test_validation_without_labels_does_not_keep_a_rate_from_being_set(mvtec_root, dtd, tmp_path):
+    model = MODELS["CseGaussian"](**COMMON, dtd_dir=str(dtd), reject_rate=0.1)
+    images = [PredictDataset(path=mvtec_root / "tiny" / part / "good") for part in ("train", "test")]
+    loaders = [DataLoader(dataset, batch_size=5, collate_fn=ImageBatch.collate) for dataset in images]
+    Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(model, *loaders)
+    assert model.post_processor.knows_good_scores
+
+
+def test_held_out_images_are_scored_by_what_the_others_make_of_the_embedder(rejecting, dtd, tmp_path, monkeypatch):
+    """Centres and BatchNorm averages of a refit, by the model's own pairs, to the images that train."""
+    asked = []
+
+    def noting(model, pairing, size, seed):
+        scores = unseen_scores(model, pairing, size, seed)
+        asked.append((copy.deepcopy(model), pairing, scores))
+        return scores
+
+    monkeypatch.setattr("anomalib_cse.cse.lightning_model.unseen_scores", noting)
+    fitted("Cse", None, dtd, tmp_path, data=many(tmp_path), reject_rate=0.05)
+    model, pairing, found = asked[-1]
+    training, held_out = (list(dataset.samples.image_path) for dataset in (pairing.training, pairing.held_out))
+    assert found.paths == held_out
+    assert (len(training), len(held_out)) == (14, 6)
+    assert not set(training) & set(held_out)
+    embedder, layers = model.embedder, [m for m in model.embedder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    batches = [pairs.together() for pairs in pairing.pairs_like_held_out()]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over batches
+    embedder.train()
+    for batch in batches:
+        embedder(batch)
+    embedder.eval()
+    images = [resize(PredictDataset(path=path)[0].image, [64, 64]) for path in (*training, *held_out)]
+    embedded = model.embed(model.backbone(torch.stack(images)))
+    centre = embedded[:14].mean(dim=0)
+    distances = 1 - torch.cosine_similarity(embedded[14:], centre[None], dim=1)
+    assert torch.allclose(found.images, distances.mean(dim=(1, 2)), atol=1e-5)
+
+
+@BOTH
 def test_another_rate_than_that_of_a_checkpoint_is_refused(name, rejecting, mvtec_root, tmp_path):
     model = MODELS[name](**COMMON, reject_rate=0.2)
     with pytest.raises(ValueError, match=r"given reject_rate=0.2, but 0.05 of the checkpoint"):
@@ -168,10 +256,11 @@ def test_good_images_alone_mean_one_per_cent_of_rejects(mvtec_root, dtd, tmp_pat
     expected = np.exp(scipy.stats.t.ppf(0.99, number - 1, mean, deviation * np.sqrt(1 + 1 / number)))
     assert model.post_processor.image_threshold.item() == pytest.approx(expected, rel=1e-5)
     low, high = GoodScores(7, mean, deviation).interval(0.01)
+    own = model.post_processor
     said = (
-        f"Thresholds are {model.post_processor.image_threshold:.4g} for images, "
-        f"{model.post_processor.pixel_threshold:.4g} for pixels. By 7 good images, each scored by a fit without it, "
-        f"1 % of such images will be rejected, between {100 * low:.2g} and {100 * high:.2g} % with 90% confidence."
+        f"Thresholds are {own.image_threshold:.4g} for images, {own.pixel_threshold:.4g} for pixels. Rejects: 1 % "
+        f"expected of good images taken like those of training, between {100 * low:.2g} and {100 * high:.2g} % with "
+        "90% confidence, by 7 of these, each scored without training on it."
     )
     assert said in [record.getMessage() for record in caplog.records]
     model, _ = fitted("CseGaussian", mvtec_root, dtd, tmp_path / "defects", QUIET)

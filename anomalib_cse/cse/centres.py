@@ -5,9 +5,10 @@ import copy
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset, Subset
 
-from ..deployment import UnseenScores
+from ..deployment import UnseenScores, extremes
 from ..synthesis import generator_for
 from .pairs import Pairing
 from .reading import paths_of
@@ -44,10 +45,14 @@ def fit_centres(model: CseModel, pairing: Pairing, images: Dataset, size: tuple[
 
 @torch.no_grad()
 def unseen_scores(model: CseModel, pairing: Pairing, size: tuple[int, int], seed: int) -> UnseenScores | None:
-    """Score the held-out images by a model's embedder and the centres of those that train; ``None`` without any."""
+    """Score the held-out images by a model's embedder and what those that train make of it; ``None`` without any.
+
+    The deployed model has BatchNorm averages of the held-out images and centres of all; here both are of the others.
+    """
     if pairing.held_out is None:
         return None
     trial = copy.deepcopy(model, {id(model.backbone): model.backbone})  # the cache has most features
+    update_bn(((pairs.together(),) for pairs in pairing.pairs_like_held_out()), trial.embedder)
     fit_centres(trial, pairing, pairing.training, size, seed)
-    scored = [trial.score(features, size) for features in pairing.clean_features(pairing.held_out)]
-    return UnseenScores.of(scored, paths_of(pairing.held_out))
+    features = pairing.clean_features(pairing.held_out)
+    return UnseenScores.of((extremes(trial.score(f, size)) for f in features), paths_of(pairing.held_out))

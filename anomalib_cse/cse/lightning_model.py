@@ -79,7 +79,6 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     shaping = ("embedding_dim", "pool_size", "num_centres", "decoder")
     pairing: Pairing | None = None  # while fitting
     caches_validation = False
-    scores_changed = True  # since the last validation, which MidwayPostProcessor asks for
 
     def __init__(
         self,

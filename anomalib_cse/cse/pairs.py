@@ -19,7 +19,7 @@ from .reading import in_order, is_augmented, paths_of, without_augmentations
 
 CORRUPT_PROBABILITY = 0.5  # of the second image of a pair (Section 3.2)
 MIN_HELD_OUT_PAIRS = 64  # few images are paired several times over: a few draws would be a coarse measure
-TRAIN, HELD_OUT = 1, 2  # set their random numbers apart from others of the same seed
+TRAIN, HELD_OUT, LIKE_HELD_OUT = 1, 2, 6  # set their random numbers apart from others of the same seed
 
 
 class Pairs(NamedTuple):
@@ -93,7 +93,7 @@ class Pairing:
         self.caches_training = not is_augmented(images)
         self.loader = loader
         self.transform = transform
-        self.kept: list[Pairs] | None = None  # of held-out images
+        self.kept: dict[int, list[Pairs]] = {}  # that are the same at every call
 
     def limit(self, count: int) -> None:
         """Take no more than so many images to hold out and to fit centres to, as ``fast_dev_run`` wants."""
@@ -131,13 +131,21 @@ class Pairing:
         return Pairs(clean, second, corrupted)
 
     def held_out_pairs(self) -> Iterator[Pairs]:
-        """Give the pairs of held-out images, the same at every call; they are kept if there is room for all."""
-        if self.kept is not None:
-            yield from self.kept
+        """Give the pairs of held-out images, the same at every call."""
+        return iter(()) if self.held_out is None else self.fixed_pairs(self.held_out, HELD_OUT)
+
+    def pairs_like_held_out(self) -> Iterator[Pairs]:
+        """Give pairs of training images, as many as of held-out ones, the same at every call."""
+        return self.fixed_pairs(first(self.training, self.count_held_out), LIKE_HELD_OUT)
+
+    def fixed_pairs(self, dataset: Dataset, number: int) -> Iterator[Pairs]:
+        """Give the pairs of a dataset as a number draws them; they are kept if there is room for all."""
+        if number in self.kept:
+            yield from self.kept[number]
             return
         kept: list[Pairs] = []
         needed = 0
-        for pairs in self.new_held_out_pairs():
+        for pairs in self.new_pairs(dataset, number):
             needed += pairs.nbytes
             if needed <= self.cache.room:
                 kept.append(pairs)
@@ -146,16 +154,14 @@ class Pairing:
             yield pairs
         if kept:
             self.cache.room -= needed
-            self.kept = kept
+            self.kept[number] = kept
 
-    def new_held_out_pairs(self) -> Iterator[Pairs]:
-        """Read the held-out images and pair them, several times over if they are few."""
-        if self.held_out is None:
-            return
-        repeats = -(-MIN_HELD_OUT_PAIRS // len(self.held_out))  # type: ignore[arg-type]
-        for number, (images, clean) in enumerate(self.read(self.held_out, "Reading held-out images")):
+    def new_pairs(self, dataset: Dataset, number: int) -> Iterator[Pairs]:
+        """Read images and pair them, several times over if they are few."""
+        repeats = -(-MIN_HELD_OUT_PAIRS // len(dataset))  # type: ignore[arg-type]
+        for batch, (images, clean) in enumerate(self.read(dataset, "Reading held-out images")):
             for repeat in range(repeats):
-                yield self.pair(images, clean, generator_for(self.seed, HELD_OUT, repeat, number))
+                yield self.pair(images, clean, generator_for(self.seed, number, repeat, batch))
 
     def clean_features(self, dataset: Dataset) -> Iterator[list[Tensor]]:
         """Give the features of a dataset's images in order, batch by batch, reading only what is not in memory."""

@@ -5,7 +5,7 @@ from itertools import chain
 
 import torch
 
-from ..deployment import UnseenScores
+from ..deployment import UnseenScores, extremes
 from .fit import Fit, fit_common, fit_directions, fit_own, over_folds
 from .moments import Moments
 from .sample import TrainingSample, batches
@@ -16,7 +16,7 @@ from .torch_model import CseGaussianModel
 def unseen_scores(model: CseGaussianModel, sample: TrainingSample, fitted: Fit) -> UnseenScores:
     """Score the sampled images, each fold by a fit to all other images and to the defects drawn into them.
 
-    Whether positions differ is not tried again. The sample's sums are used up, as those here take as much memory.
+    Whether positions differ is not tried again. The sample's sums are used up, as those here take their place.
     """
     trial = copy.deepcopy(model, {id(model.backbone): model.backbone})  # which features have passed already
     size = model.image_size.tolist()
@@ -39,5 +39,6 @@ def unseen_scores(model: CseGaussianModel, sample: TrainingSample, fitted: Fit) 
             fit_own(trial, left, factors, seen)
         else:
             fit_common(trial, factors, seen)
-        scored += [trial.score(features, size) for features in batches(unseen.features)]
+        scored += [extremes(trial.score(features, size)) for features in batches(unseen.features)]
+        del of_unseen, left  # before the next ones are made
     return UnseenScores.of(scored, list(chain.from_iterable(fold.paths for fold in folds)))

@@ -1,6 +1,6 @@
 """CseGaussian in anomalib: one pass over the training images, then the closed form."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import cast
 
@@ -145,6 +145,9 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
 
     def on_train_start(self) -> None:
         """Begin with no images, and read the textures: their folder may hold none."""
+        images = getattr(self.trainer.train_dataloader, "dataset", None)
+        if isinstance(images, Sized):
+            self.check_unseen(len(images) // self.trainer.world_size)  # the first process scores its own
         seed = self.trainer.strategy.broadcast(self.effective_seed)
         self.sample = TrainingSample(self.hparams["memory_budget"], generator_for(seed, SAMPLED, self.global_rank))
         if self.trainer.is_global_zero:
@@ -178,8 +181,6 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         if self.sample is None:
             return
         sample, synthesis, self.sample, self.synthesis = self.sample, self.synthesis, None, None
-        if self.trainer.world_size == 1:
-            self.check_unseen(sample.count)
         strategy = self.trainer.strategy
         seed = strategy.broadcast(self.effective_seed)
         if self.trainer.world_size > 1:

@@ -60,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = list(dict.fromkeys((*errors, *seen.errors)))
     doubts = [*(str(warning.message) for warning in caught), *seen.warnings]
     if options.backbone and not errors:
-        doubts += unlike_others(options.folder, options.backbone)
+        try:
+            doubts += unlike_others(options.folder, options.backbone)
+        except ValueError as error:  # too few images, or too much alike
+            doubts.append(f"images were not scored: {error}")
     lines = [seen.summary, *(f"error: {e}" for e in errors), *(f"warning: {d}" for d in doubts)]
     sys.stdout.write("\n".join(lines) + "\n")
     return int(bool(errors))
@@ -78,7 +81,7 @@ def samples_in(folder: Path) -> tuple[list[Sample], list[Sample]]:
 
 
 def unlike_others(folders: Sequence[Path], backbone: str) -> list[str]:
-    """Return which training images a fit to others finds anomalous; raise a ``ValueError`` if there are too few."""
+    """Return which training images a fit to others finds anomalous; raise a ``ValueError`` if none can be made."""
     normal = [folder / "train" / "good" if is_category(folder) else folder for folder in folders]
     images = Folder(name="images", normal_dir=normal, test_split_mode="none", val_split_mode="none", num_workers=0)
     # by name: this room does not know those of the models

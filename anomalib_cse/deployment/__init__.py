@@ -1,7 +1,7 @@
 """What makes a model deployable: exact pre-processing, thresholds, whole checkpoints, export with equal scores."""
 
 from .comparison import compare_good_images
-from .good_scores import UnseenScores
+from .good_scores import UnseenScores, extremes
 from .mixin import DeploymentMixin
 from .post_processing import MidwayPostProcessor, choose_post_processor
 from .pre_processing import choose_pre_processor, fixed_size
@@ -13,5 +13,6 @@ __all__ = [
     "choose_post_processor",
     "choose_pre_processor",
     "compare_good_images",
+    "extremes",
     "fixed_size",
 ]

@@ -69,4 +69,4 @@ def compare_good_images(model: AnomalibModule, folder: str | Path) -> Comparison
     for batch in track(loader, description="Scoring new images"):
         images = cast(Tensor, batch.image).to(model.device)
         scores.append(model.model(model.pre_processor(images) if model.pre_processor else images).pred_score.cpu())
-    return Comparison.of(spread(own.good_images), torch.cat(scores), float(own.image_threshold))
+    return Comparison.of(spread(own.good_images), torch.cat(scores), own.cut)

@@ -67,7 +67,9 @@ def keep_single_precision(path: Path, *, only_before_convolution: bool = False) 
 
 
 def note_good_scores(path: Path, numbers: Mapping[str, float]) -> None:
-    """Write how scores of good images spread into an OpenVINO ``.xml`` file, where its ``rt_info`` has them."""
+    """Write how scores of good images spread into an OpenVINO ``.xml`` file, as its ``rt_info``, if that is known."""
+    if not numbers:
+        return
     tree = ElementTree.parse(path)
     info = tree.getroot().find("rt_info")
     info = ElementTree.SubElement(tree.getroot(), "rt_info") if info is None else info

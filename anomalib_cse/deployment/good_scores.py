@@ -1,7 +1,7 @@
 """Thresholds from good images alone: how their scores spread where a fit has not seen them."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from anomalib.data import InferenceBatch
@@ -20,6 +20,12 @@ def logarithms(scores: Tensor) -> Tensor:
     return scores.double().clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
+def extremes(scored: InferenceBatch) -> Tensor:
+    """Return the scores of B images and the highest values of their maps ``(2, B)``."""
+    scores, maps = cast(Tensor, scored.pred_score), cast(Tensor, scored.anomaly_map)
+    return torch.stack([scores, maps.amax(dim=(1, 2, 3))]).cpu()
+
+
 class UnseenScores(NamedTuple):
     """Scores of good images by fits that have not seen them, and the highest values of their maps, ``(N,)`` each."""
 
@@ -28,10 +34,9 @@ class UnseenScores(NamedTuple):
     paths: list[str]
 
     @classmethod
-    def of(cls, scored: Iterable[InferenceBatch], paths: list[str]) -> "UnseenScores":
-        """Collect what batches of images, with these paths, were given."""
-        rows = [torch.stack([batch.pred_score, batch.anomaly_map.amax(dim=(1, 2, 3))]) for batch in scored]  # type: ignore[union-attr, list-item]
-        images, pixels = torch.cat(rows, dim=1).cpu()
+    def of(cls, found: Iterable[Tensor], paths: list[str]) -> "UnseenScores":
+        """Collect the :func:`extremes` of batches, of images with these paths."""
+        images, pixels = torch.cat(list(found), dim=1)
         return cls(images, pixels, paths)
 
     def suspicious(self) -> list[tuple[str, float]]:
@@ -40,12 +45,13 @@ class UnseenScores(NamedTuple):
         Each is compared with the others' distribution; all of them together are suspected wrongly in ``SUSPICION`` of
         all fits (Bonferroni).
         """
-        scores = self.images.tolist()
-        found = []
-        for place, (path, score) in enumerate(zip(self.paths, scores, strict=True)):
-            others = GoodScores.of(torch.tensor(scores[:place] + scores[place + 1 :]))
-            if score > others.threshold(SUSPICION / len(scores)):
-                found.append((path, score))
+        logs = logarithms(self.images)
+        logs, others = logs - logs.mean(), len(logs) - 1
+        means = -logs / others  # of all but one, as all have a sum of 0
+        variances = (logs.square().sum() - logs.square() - others * means.square()) / (others - 1)
+        like_others = GoodScores(others, 0.0, 1.0).deviations(SUSPICION / len(logs))
+        far = logs - means > like_others * variances.clamp(min=ALIKE**2).sqrt()
+        found = [(self.paths[place], float(self.images[place])) for place in far.nonzero().flatten().tolist()]
         return sorted(found, key=lambda pair: -pair[1])
 
 

@@ -53,6 +53,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
     shaping: tuple[str, ...]  # arguments that a checkpoint must agree in, beside backbone and layers
     seed: int | None
     logged: tuple[str, ...] = ()  # what a fit logs, which callbacks may wait for
+    scores_changed = True  # since the last validation, which MidwayPostProcessor asks for
     frozen: dict[str, Tensor] | None = None  # the backbone's weights, while fitting
 
     @property
@@ -164,9 +165,9 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
 
     def set_thresholds(self) -> None:
         """Set the thresholds that a rate of rejects asks for, where no validation does."""
-        own = self.post_processor
-        if isinstance(own, MidwayPostProcessor) and own.reject_rate is not None and not self.trainer.enable_validation:
-            own.learn(self.unseen_scores())
+        own, is_due = self.post_processor, self.scores_changed and not self.trainer.enable_validation
+        if is_due and isinstance(own, MidwayPostProcessor) and own.reject_rate is not None:
+            own.learn(own.unseen_scores_of(self))
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
         """Score images ``(B, 3, H, W)``, known by ``paths``."""
@@ -205,6 +206,8 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         keep_transform(checkpoint, self.pre_processor)
         backbone = self.backbone
         own = {"backbone": backbone.architecture, "layers": backbone.levels, "pre_trained": False, "weights": None}
+        if isinstance(self.post_processor, MidwayPostProcessor) and "reject_rate" in self.hparams:
+            own["reject_rate"] = self.post_processor.reject_rate  # it may have been changed
         checkpoint["hyper_parameters"] = plain(checkpoint["hyper_parameters"] | own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -279,6 +282,6 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         if compression_type not in (None, CompressionType.FP16):
             compress(path, compression_type, datamodule, input_size)
         keep_single_precision(path, only_before_convolution=compression_type is not None)
-        if isinstance(self.post_processor, MidwayPostProcessor) and self.post_processor.knows_good_scores:
+        if isinstance(self.post_processor, MidwayPostProcessor):
             note_good_scores(path, self.post_processor.good_scores_as_scaled())
         return path

@@ -2,50 +2,27 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import Batch, InferenceBatch
-from anomalib.metrics import F1AdaptiveThreshold
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics.utilities.data import dim_zero_cat
 
 from ..checks import check_number, plain
 from .good_scores import CONFIDENCE, FEWEST, GoodScores, UnseenScores
+from .thresholds import AnyThreshold, MidwayThreshold
 
+CENTRED = {
+    "enable_thresholding": True,
+    "enable_normalization": True,
+    "image_sensitivity": 0.5,
+    "pixel_sensitivity": 0.5,
+}
 USUAL_RATE = 0.01  # of good images rejected, where no validation image has a defect
-
-
-class AnyThreshold(F1AdaptiveThreshold):
-    """The threshold of the best F1, or of good images alone the highest score, of which anomalib's warns."""
-
-    has_defects = False  # whether what was computed last had some
-
-    def compute(self) -> Tensor | None:  # type: ignore[override]
-        """Return the threshold ``()``, of scores in [0, inf); ``None`` if there are no scores."""
-        self.has_defects = len(self.target) > 0 and bool(dim_zero_cat(self.target).any())
-        return super().compute() if self.has_defects or not len(self.preds) else dim_zero_cat(self.preds).max()
-
-
-class MidwayThreshold(AnyThreshold):
-    """The threshold of the best F1, halfway between the scores that it parts.
-
-    anomalib's is the lower of the scores that it is to call anomalous, and then calls anomalous what is above it: that
-    image counts as good, or after export as rounding has it. All values in between have the same F1.
-    """
-
-    def compute(self) -> Tensor | None:  # type: ignore[override]
-        """Return the threshold ``()``, of scores in [0, inf)."""
-        threshold = super().compute()
-        if threshold is None or not self.has_defects:
-            return threshold
-        scores = dim_zero_cat(self.preds)
-        below = torch.cat([scores[scores < threshold], scores.new_zeros(1)])  # there is none if all are anomalous
-        return torch.lerp(below.max(), threshold, 0.5)
 
 
 class MidwayPostProcessor(PostProcessor):
@@ -61,15 +38,21 @@ class MidwayPostProcessor(PostProcessor):
         **options: As for anomalib's post-processor.
 
     Raises:
-        ValueError: If the rate is outside its range.
+        ValueError: If the rate is outside its range, or an option has the threshold elsewhere or nowhere.
     """
 
     good_images: Tensor
     good_pixels: Tensor
+    unseen: UnseenScores | None = None  # of this fit
     suspicious: Sequence[tuple[str, float]] = ()  # training images that others do not explain, of the last fit
+    is_new = False  # whether images have been scored since thresholds were set
 
     def __init__(self, reject_rate: float | None = None, **options: Any) -> None:
         super().__init__(**options)
+        contrary = [name for name, value in CENTRED.items() if getattr(self, name) != value]
+        if reject_rate is not None and contrary:
+            msg = f"reject_rate sets where labels cut, and does not go with {', '.join(contrary)}: give one of them"
+            raise ValueError(msg)
         self.register_buffer("good_images", torch.zeros(3))
         self.register_buffer("good_pixels", torch.zeros(3))
         self.register_load_state_dict_pre_hook(know_nothing)
@@ -85,7 +68,7 @@ class MidwayPostProcessor(PostProcessor):
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Take over what a checkpoint has kept."""
         super().load_checkpoint_config(config)
-        self.reject_rate = config.get("reject_rate")
+        self._reject_rate = config.get("reject_rate")  # the thresholds are in the buffers
 
     @property
     def reject_rate(self) -> float | None:
@@ -97,7 +80,7 @@ class MidwayPostProcessor(PostProcessor):
         if rate is not None:
             check_number("reject_rate", rate, "(0, 0.5]")
         self._reject_rate = plain(rate)
-        if rate is not None and self.knows_good_scores:
+        if rate is not None and self.has_thresholds:
             self.reject(rate)
 
     @property
@@ -129,7 +112,7 @@ class MidwayPostProcessor(PostProcessor):
             return
         self.good_images.copy_(torch.tensor(GoodScores.of(scores.images)))
         self.good_pixels.copy_(torch.tensor(GoodScores.of(scores.pixels)))
-        self.suspicious = scores.suspicious()
+        self.unseen = scores
         self.reject(self.reject_rate or USUAL_RATE)
 
     def reject(self, rate: float) -> None:
@@ -156,28 +139,47 @@ class MidwayPostProcessor(PostProcessor):
         Raises:
             ValueError: If a rate of rejects was asked for, and it is not known how scores of good images spread.
         """
-        is_new = self._image_threshold_metric.update_called
+        self._image_threshold_metric.has_defects = False  # unless it computes
         super().on_validation_epoch_end(trainer, pl_module)
-        if not is_new or (self.reject_rate is None and self._image_threshold_metric.has_defects):
+        is_new, self.is_new = self.is_new, False
+        if not (is_new and self.enable_thresholding):
             return
-        unseen_scores = getattr(pl_module, "unseen_scores", None)  # of the models here
-        if trainer.state.fn == TrainerFn.FITTING and callable(unseen_scores):
-            self.learn(unseen_scores())
+        if self.reject_rate is None and self._image_threshold_metric.has_defects:
+            return
+        if trainer.state.fn == TrainerFn.FITTING and callable(getattr(pl_module, "unseen_scores", None)):
+            self.learn(self.unseen_scores_of(pl_module))
         elif self.reject_rate is not None or self.knows_good_scores:
             self.reject(self.reject_rate or USUAL_RATE)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the scores of another fit."""
+    def unseen_scores_of(self, model: LightningModule) -> UnseenScores | None:
+        """Ask a model for scores of images that a fit has not seen; ``None`` if there are none, or none can be had.
+
+        Raises:
+            ValueError: If none can be had, and a rate of rejects was asked for.
+        """
+        try:
+            return cast(UnseenScores | None, model.unseen_scores())  # type: ignore[operator]
+        except ValueError as error:
+            if self.reject_rate is None:
+                return None
+            msg = f"reject_rate has no images to go by, as a fit to some of them fails: {error}"
+            raise ValueError(msg) from error
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the scores of another fit; those of a run that is resumed are loaded after this."""
         del trainer, pl_module
-        self.good_images.zero_()
-        self.good_pixels.zero_()
-        self.suspicious = ()
+        if stage == TrainerFn.FITTING:
+            self.good_images.zero_()
+            self.good_pixels.zero_()
+            self.unseen, self.suspicious, self.is_new = None, (), False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the thresholds are, if they are of good images, and which of those stand out."""
         del trainer, pl_module
         if self.knows_good_scores:
-            rank_zero_info(self.words)
+            thresholds = f"{self.image_threshold:.4g} for images, {self.pixel_threshold:.4g} for pixels"
+            rank_zero_info(f"Thresholds are {thresholds}. Rejects: {self.expectation}")
+        self.suspicious, self.unseen = self.unseen.suspicious() if self.unseen else (), None
         if self.suspicious:
             listed = ", ".join(f"{path} ({score:.3g})" for path, score in self.suspicious[:5])
             rank_zero_warn(
@@ -186,27 +188,33 @@ class MidwayPostProcessor(PostProcessor):
             )
 
     def good_scores_as_scaled(self) -> dict[str, float]:
-        """Return mean and deviation of the logarithms of good images' raw scores, and what makes these of scaled ones.
+        """Return how the logarithms of good images' raw scores spread, and what makes raw scores of scaled ones.
 
-        A raw score is ``(scaled - 0.5) * range + threshold``.
+        A raw score is ``scaled * range``; nothing is returned if scores are scaled otherwise, or this is not known.
         """
-        good, scaled = spread(self.good_images), self.enable_normalization
-        threshold = float(self.image_threshold) if scaled else 0.5
-        extent = float(self.image_max - self.image_min) if scaled else 1.0
-        return {"mean": good.mean, "deviation": good.deviation, "threshold": threshold, "range": extent}
+        if not (self.knows_good_scores and self.enable_normalization and self.image_min == 0):
+            return {}
+        return {**spread(self.good_images)._asdict(), "range": float(self.image_max)}
 
     @property
-    def words(self) -> str:
-        """What the thresholds are and how many good images they will reject; nothing if that is not known."""
+    def cut(self) -> float:
+        """The raw score above which an image is labelled anomalous."""
+        cut = float(self.normalized_image_threshold)
+        extent = float(self.image_max - self.image_min)
+        return (cut - 0.5) * extent + float(self.image_threshold) if self.enable_normalization else cut
+
+    @property
+    def expectation(self) -> str:
+        """How many good images will be rejected; nothing if that is not known."""
         if not self.knows_good_scores:
             return ""
         good = spread(self.good_images)
-        rate = good.rate(float(self.image_threshold))
+        rate = good.rate(self.cut)
         low, high = good.interval(rate)
         return (
-            f"Thresholds are {self.image_threshold:.4g} for images, {self.pixel_threshold:.4g} for pixels. By "
-            f"{good.number} good images, each scored by a fit without it, {100 * rate:.2g} % of such images will be "
-            f"rejected, between {100 * low:.2g} and {100 * high:.2g} % with {CONFIDENCE:.0%} confidence."
+            f"{100 * rate:.2g} % expected of good images taken like those of training, between {100 * low:.2g} and "
+            f"{100 * high:.2g} % with {CONFIDENCE:.0%} confidence, by {good.number} of these, each scored without "
+            "training on it."
         )
 
     @property
@@ -239,6 +247,7 @@ class MidwayPostProcessor(PostProcessor):
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Note scores for the thresholds, unless the model says that they are those of the last validation."""
         if getattr(pl_module, "scores_changed", True):
+            self.is_new = True
             super().on_validation_batch_end(trainer, pl_module, *args, **kwargs)
 
 
@@ -276,9 +285,13 @@ def check_settings(own: nn.Module | None, default: PostProcessor | None, checkpo
         return
     usual = default.checkpoint_config() if default else {}
     for name, value in own.checkpoint_config().items():
-        if value != usual.get(name, value) and value != saved.get(name, value):
+        if value == usual.get(name, value):
+            continue
+        kept = saved.get(name, usual.get(name))
+        if value != kept:
+            given = "model" if name == "reject_rate" else "post_processor"
             msg = (
-                f"the post_processor was given {name}={value}, but {saved[name]} of the checkpoint would count: load "
-                f"the model without a post_processor, set model.post_processor.{name}, and give no ckpt_path after that"
+                f"the {given} was given {name}={value}, but {kept} of the checkpoint would count: load the model "
+                f"without it, set model.post_processor.{name}, and give no ckpt_path after that"
             )
             raise ValueError(msg)

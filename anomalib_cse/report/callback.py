@@ -108,11 +108,14 @@ def scale_of(post_processor: object) -> Scale:
 
 
 def threshold_in_words(post_processor: object) -> dict[str, str]:
-    """Return what is known of a threshold that comes from good images, and which of these are unlike the others."""
-    words = getattr(post_processor, "words", "")
+    """Return how many rejects are expected at the model's threshold, and which training images are unlike others."""
+    expectation = getattr(post_processor, "expectation", "")
     suspicious = getattr(post_processor, "suspicious", ())
     listed = ", ".join(f"{name(path, 0)} ({score:.3g})" for path, score in suspicious)
-    return {**({"Threshold": words} if words else {}), **({"Training images to look at": listed} if listed else {})}
+    return {
+        **({"Rejects, at the model's own threshold": expectation} if expectation else {}),
+        **({"Training images unlike the others": listed} if listed else {}),
+    }
 
 
 def gathered(share: Share) -> list[Share]:

@@ -283,6 +283,13 @@ def test_too_few_images_for_a_rate_are_refused_and_else_warned_of(mvtec_root, dt
 
 
 @BOTH
+def test_fast_dev_run_with_a_rate_does_without_thresholds(name, mvtec_root, dtd, tmp_path):
+    data = data_of(mvtec_root, train_batch_size=2)
+    model, _ = fitted(name, mvtec_root, dtd, tmp_path, {**QUIET, "fast_dev_run": True}, data, reject_rate=0.1)
+    assert not model.post_processor.knows_good_scores
+
+
+@BOTH
 def test_rate_that_is_none_or_has_no_place_is_refused(name):
     for wrong in (0, 1, -0.1, True, "0.01"):
         with pytest.raises(ValueError, match=r"reject_rate must be a number in \(0, 0.5\], got"):

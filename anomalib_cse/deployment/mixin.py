@@ -160,12 +160,13 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
 
     def check_unseen(self, count: int) -> None:
         """Raise a ``ValueError`` if a rate of rejects is to come of so few images that a fit does not see."""
-        if isinstance(self.post_processor, MidwayPostProcessor):
+        if isinstance(self.post_processor, MidwayPostProcessor) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.post_processor.check_enough(count)
 
     def set_thresholds(self) -> None:
         """Set the thresholds that a rate of rejects asks for, where no validation does."""
-        own, is_due = self.post_processor, self.scores_changed and not self.trainer.enable_validation
+        trainer, own = self.trainer, self.post_processor
+        is_due = self.scores_changed and not (trainer.enable_validation or trainer.fast_dev_run)  # type: ignore[attr-defined]
         if is_due and isinstance(own, MidwayPostProcessor) and own.reject_rate is not None:
             own.learn(own.unseen_scores_of(self))
 

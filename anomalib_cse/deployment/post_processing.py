@@ -142,7 +142,7 @@ class MidwayPostProcessor(PostProcessor):
         self._image_threshold_metric.has_defects = False  # unless it computes
         super().on_validation_epoch_end(trainer, pl_module)
         is_new, self.is_new = self.is_new, False
-        if not (is_new and self.enable_thresholding):
+        if not (is_new and self.enable_thresholding) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.reject_rate is None and self._image_threshold_metric.has_defects:
             return

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress browser lint types install clean bench-cost bench-compare bench-few bench-thresholds bench-surfaces
+.PHONY: demo test stress browser lint types install clean bench-cost bench-compare bench-few bench-thresholds bench-embeddings bench-surfaces
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -56,6 +56,10 @@ bench-few: install
 # DATA=ROOT ARGS="--categories grid ...": good images that are rejected, expected and counted
 bench-thresholds: install
 	$(BIN)/python benchmarks/thresholds.py --root $(DATA) $(ARGS)
+
+# DATA=ROOT ARGS="--categories grid ...": other directions, sums and distances in CseGaussian's place, masks needed
+bench-embeddings: install
+	$(BIN)/python benchmarks/embeddings.py --root $(DATA) $(ARGS)
 
 # ARGS="--output ROOT": SurfaceDemo's sets for bench-compare; with "--photographs DTD" others like them and parts too
 bench-surfaces: install

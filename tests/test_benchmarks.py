@@ -13,8 +13,9 @@ import pytest
 import timm
 import torch
 import yaml
-from anomalib.data import PredictDataset
+from anomalib.data import ImageBatch, PredictDataset
 from anomalib.engine import Engine
+from anomalib.metrics import AUPRO
 from anomalib.models import AnomalibModule
 from torchvision.transforms.v2 import Normalize
 
@@ -259,6 +260,146 @@ def test_thresholds_are_counted_out_on_the_test_images(mvtec_root, dtd, tmp_path
     assert lines["good ones rejected"][2] == f"{rejected} of 4"
     table = (tmp_path / "out" / "table.md").read_text()
     assert f"| tiny | 10 | reject_rate | 10 | {lines['good ones rejected, expected'][2]} | {rejected} of 4 |" in table
+
+
+@pytest.fixture(scope="module")
+def embedded(mvtec_root, dtd, tmp_path_factory):
+    """A benchmark of embeddings that has been run: its model, images and how many are to train, and output."""
+    import embeddings
+
+    folder = tmp_path_factory.mktemp("embeddings")
+    tiny = {**TINY, "dtd_dir": str(dtd)}
+    contender = {"name": "Tiny", "class_path": "anomalib_cse.CseGaussian", "init_args": tiny}
+    (folder / "list.yaml").write_text(yaml.safe_dump({"models": [contender]}))
+    arguments = ["--config", folder / "list.yaml", "--root", mvtec_root, "--categories", "tiny", "--model", "Tiny"]
+    embeddings.main([*map(str, arguments), "--seeds", "0", "--output", str(folder / "out")])
+    model = CseGaussian(**tiny, seed=0).eval()
+    with torch.no_grad():
+        return model, *embeddings.read(model, mvtec_root / "tiny"), folder / "out"
+
+
+def handed_out(embedded, monkeypatch):
+    """What variants are handed by the benchmark: training images of a share, and test images."""
+    import embeddings
+
+    model, images, count, _ = embedded
+    seen = []
+    monkeypatch.setattr(embeddings, "variants", lambda *given: seen.append(given) or [])
+    assert list(embeddings.measure(model, images, count, 0)) == []
+    return seen[0][:2]
+
+
+def test_embeddings_are_compared_on_images_that_none_was_fitted_to(embedded, monkeypatch):
+    _, images, count, output = embedded
+    lines = pd.read_csv(output / "results.csv")
+    assert lines["defective %"].tolist() == [0] * 9 + [5] * 3 + [10] * 3
+    assert lines["variant"].nunique() == 9
+    auroc, pro = 100 * lines[["image AUROC", "AUPRO"]].loc[1]
+    text = f"| {lines['variant'][1]} | 0 | {auroc:.1f} / {pro:.1f} | {auroc:.1f} / {pro:.1f} |"
+    assert text in (output / "table.md").read_text()
+    of_share, test = handed_out(embedded, monkeypatch)
+    assert test.labels.tolist() == [False] * 4 + [True] * 3
+    spoilt = of_share(0.1).shown
+    assert len(spoilt.images) == count == 10
+    [bad] = spoilt.images[spoilt.labels]
+    assert sum(torch.equal(bad, image) for image in images.images[images.labels]) == 1
+    assert not any(torch.equal(bad, image) for image in test.images)
+    assert not of_share(0.0).shown.labels.any()
+
+
+def test_embedding_as_it_is_is_that_of_the_fit(embedded, monkeypatch):
+    from anomalib_cse.cse_gaussian.fit import fit
+
+    of_share, test = handed_out(embedded, monkeypatch)
+    training = of_share(0.0)
+    found, fitted = training.fit()
+    expected = CseGaussian(**TINY, seed=0).eval().model
+    assert fitted.trial == fit(expected, training.sample, training.synthesis, 0).trial
+    assert torch.equal(found(test.images).anomaly_map, expected(test.images).anomaly_map)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("directions of least variance", lambda dim: slice(dim)),
+        ("directions of largest variance", lambda dim: slice(-dim, None)),
+        ("all directions", lambda _: slice(None)),
+    ],
+)
+def test_directions_are_principal_components(name, part, embedded, monkeypatch):
+    import embeddings
+
+    of_share, test = handed_out(embedded, monkeypatch)
+    training = of_share(0.0)
+    model, factors = training.embedded(embeddings.whitened(embeddings.CHOICES[name], torch.Generator()))
+    for layer, (gaussian, factor) in enumerate(zip(model.maps, factors, strict=True)):
+        vectors = training.shown.features[layer].movedim(1, -1).flatten(0, 2).double().numpy()
+        covariance = np.cov(vectors.T, ddof=0)
+        covariance += 0.01 * covariance.diagonal().mean() * np.eye(len(covariance))
+        values, basis = np.linalg.eigh(covariance)
+        kept = part(gaussian.roots.shape[0])
+        deviations = test.features[layer].movedim(1, -1).double().numpy() - vectors.mean(axis=0)
+        expected = np.sqrt(((deviations @ basis[:, kept]) ** 2 / values[kept]).sum(axis=-1))
+        gaussian.set("roots", torch.eye(len(values[kept])))
+        assert gaussian.distances(test.features[layer])[:, 0].numpy() == pytest.approx(expected, rel=1e-3)
+        assert factor.tolist() == [1] * len(values[kept])
+
+
+def test_neighbours_are_the_nearest_vectors(embedded, monkeypatch):
+    import embeddings
+
+    of_share, test = handed_out(embedded, monkeypatch)
+    training = of_share(0.0)
+    monkeypatch.setattr(embeddings, "BANKED", 0.5)
+    found = embeddings.neighbour_maps(training, test)
+    model, factors = training.embedded(embeddings.package.fit_directions)
+    weights = [f.sum() / sum(g.sum() for g in factors) for f in factors]
+    for count in (1, 3):
+        logs = []
+        for layer, factor in enumerate(factors):
+            weighted = model.maps[layer].directions * factor.sqrt().float()
+            shown, tested = (f.features[layer].movedim(1, -1) @ weighted for f in (training.shown, test))
+            bank = embeddings.drawn(shown.flatten(0, 2), shown[..., 0].numel() // 2, 0, embeddings.BANK, layer)
+            far, usual = (
+                torch.stack([(bank - point).norm(dim=1).sort().values[:count].mean() for point in points.flatten(0, 2)])
+                for points in (tested, shown)
+            )
+            means = usual.view(shown.shape[:3]).mean(dim=0)
+            scale = means.mean(dim=1, keepdim=True) * means.mean(dim=0) / means.mean()
+            maps = far.view(tested.shape[:3]) / scale
+            logs.append(weights[layer] * maps.log())
+        assert logs[0].shape[-1] == 2 * logs[1].shape[-1]
+        # the coarser map is interpolated, which leaves its corners as they are
+        expected = sum(values[:, 0, 0] for values in logs).exp()
+        assert found[count][:, 0, 0, 0].numpy() == pytest.approx(expected.numpy(), rel=1e-3)
+
+
+def test_defective_training_image_is_left_out_of_robust_sums(embedded, monkeypatch):
+    import embeddings
+
+    of_share, _ = handed_out(embedded, monkeypatch)
+    training = of_share(0.1)
+    assert training.shown.labels.sum() == 1
+    kept = training.trimmed().shown
+    assert len(kept.images) == 9
+    assert not kept.labels.any()
+    seen = []
+    monkeypatch.setattr(embeddings.package, "fit_directions", lambda model, background, _: seen.append(background))
+    embeddings.robust(training.shown, 0)(training.model, [m.pooled() for m in training.moments], [])
+    for found, usual, features in zip(seen[0], training.moments, training.shown.features, strict=True):
+        good = features[~training.shown.labels].mean(dim=(0, 2, 3))
+        assert (found.mean - good).norm() < 0.5 * (usual.pooled().mean - good).norm()
+
+
+def test_overlap_is_that_of_anomalib():
+    from embeddings import aupro
+
+    masks = torch.zeros(3, 40, 40, dtype=torch.bool)
+    masks[0, 3:10, 5:20] = masks[0, 20:22, 1:4] = masks[1, 30:36, 30:35] = True
+    maps = torch.rand(3, 40, 40) + 0.5 * masks
+    metric = AUPRO(["anomaly_map", "gt_mask"])
+    metric.update(ImageBatch(image=torch.zeros(3, 3, 40, 40), anomaly_map=maps[:, None] / 1.5, gt_mask=masks))
+    assert aupro(maps.numpy(), masks.numpy()) == pytest.approx(float(metric.compute()), abs=2e-3)
 
 
 def test_surfaces_are_the_first_photographs_that_are_large_enough_and_the_same_every_time(tmp_path, capsys):

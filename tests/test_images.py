@@ -80,7 +80,7 @@ def engine(folder, **options):
 
 
 @pytest.mark.filterwarnings("ignore:images are resized", "ignore:.* is (grey|colour), but", "ignore:.* has an alpha")
-@pytest.mark.filterwarnings("ignore:.* is nearly constant")
+@pytest.mark.filterwarnings("ignore:.* is nearly constant", "ignore:.* one side is shortened")
 def test_what_anomalib_reads_trains_and_has_a_finite_score(images, create, tmp_path):
     model = create()
     engine(tmp_path).fit(model, datamodule=datamodule(images))

@@ -184,7 +184,8 @@ def test_good_scores_survive_a_resumed_run_that_no_epoch_improves(dtd, tmp_path)
     model, engine = fitted("Cse", None, dtd, folder, data=data, reject_rate=0.05)
     again = Cse(**COMMON, dtd_dir=str(dtd), reject_rate=0.05)
     resuming = Engine(max_epochs=2, default_root_dir=tmp_path / "second", **UNVALIDATED)
-    resuming.fit(again, datamodule=data, ckpt_path=engine.best_model_path)
+    with pytest.warns(UserWarning, match="nothing is trained"):
+        resuming.fit(again, datamodule=data, ckpt_path=engine.best_model_path)
     assert again.post_processor.knows_good_scores
     assert torch.equal(again.post_processor.good_images, model.post_processor.good_images)
     assert torch.equal(again.post_processor.image_threshold, model.post_processor.image_threshold)

@@ -142,9 +142,9 @@ class MidwayPostProcessor(PostProcessor):
         self._image_threshold_metric.has_defects = False  # unless it computes
         super().on_validation_epoch_end(trainer, pl_module)
         is_new, self.is_new = self.is_new, False
-        if not (is_new and self.enable_thresholding) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not (is_new and self.enable_thresholding):
             return
-        if self.reject_rate is None and self._image_threshold_metric.has_defects:
+        if (self.reject_rate is None and self._image_threshold_metric.has_defects) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.state.fn == TrainerFn.FITTING and callable(getattr(pl_module, "unseen_scores", None)):
             self.learn(self.unseen_scores_of(pl_module))

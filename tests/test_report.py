@@ -53,7 +53,7 @@ def post_processor(low=0.0, threshold=0.5, high=1.0, **options):
     """One that has validated scores of a range; with that of [0, 1] it leaves scores as they are."""
     own = MidwayPostProcessor(**options)
     for name, value in own.named_buffers():
-        value.fill_({"min": low, "max": high, "threshold": threshold}.get(name.rpartition("_")[2], torch.nan))
+        value.fill_({"min": low, "max": high, "threshold": threshold}.get(name.rpartition("_")[2], 0))
     return own
 
 

@@ -34,7 +34,7 @@ def write(folder, *, labelled):
     """The page of the images above, as the callback writes it."""
     own, report = MidwayPostProcessor(), Report("network")
     for name, value in own.named_buffers():
-        value.fill_({"min": 0, "max": 1, "threshold": 0.5}[name.rpartition("_")[2]])
+        value.fill_({"min": 0, "max": 1, "threshold": 0.5}.get(name.rpartition("_")[2], 0))
     trainer = SimpleNamespace(
         default_root_dir=folder, fast_dev_run=False, callback_metrics={"image_AUROC": 0.9}, test_dataloaders=[]
     )

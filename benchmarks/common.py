@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import platform
 import resource
 import signal
 import threading
@@ -14,6 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
+
+from anomalib_cse.report.callback import processor
 
 Row = dict[str, str | float]
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}  # for an Engine
@@ -75,11 +76,8 @@ def exported_size(network: Path) -> float:
 
 def hardware() -> str:
     """Return processor, number of threads and version of torch in one line."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {gpu}"
+    gpu = processor(torch.device("cuda")) if torch.cuda.is_available() else "no GPU"
+    return f"{processor(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}, {gpu}"
 
 
 def markdown(rows: Iterable[Mapping[str, str | float]]) -> str:

@@ -34,10 +34,9 @@ from anomalib_cse import Cse
 from anomalib_cse.deployment import fixed_size
 
 from common import OPSET, QUIET, Row, exported_size, hardware, in_child, peak_memory
-from contenders import Contender, chosen
+from contenders import Contender, chosen, parser_of
 from report import METRICS, contact_sheet, not_run, table, trade_off
 
-CONFIG = Path(__file__).parents[1] / "configs" / "compare" / "offline.yaml"
 KEY = ["model", "category", "seed"]
 TEXTS = ["model", "category", "settings", "deviations", "remark", "failed"]
 COLUMNS = [*KEY, "deviations", *METRICS, "fit_s", "exported_MB", "peak_MB", "remark", "failed", "settings"]
@@ -257,10 +256,7 @@ def measure_latency(options: argparse.Namespace, lines: pd.DataFrame) -> pd.Data
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="list of models; see configs/compare")
-    parser.add_argument("--root", type=Path, required=True, help="folder of datasets in MVTec AD's layout")
-    parser.add_argument("--categories", nargs="+", required=True, help="folders in it")
+    parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", help="names of the list; default: all of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--accelerator", default="auto", help="to train with; latency is always the processor's")

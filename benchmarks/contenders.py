@@ -17,6 +17,8 @@ from torchvision.transforms.v2 import Compose, Normalize
 
 from anomalib_cse import Cse, CseGaussian
 
+CONFIG = Path(__file__).parents[1] / "configs" / "compare" / "offline.yaml"
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -89,6 +91,15 @@ def read_contenders(file: Path) -> dict[str, Contender]:
             raise ValueError(msg)
         contenders[contender.name] = contender
     return contenders
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what all comparisons take: a list of models, and datasets."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="list of models; see configs/compare")
+    parser.add_argument("--root", type=Path, required=True, help="folder of datasets in MVTec AD's layout")
+    parser.add_argument("--categories", nargs="+", required=True, help="folders in it")
+    return parser
 
 
 def chosen(parser: argparse.ArgumentParser, config: Path, names: Sequence[str] | None) -> list[Contender]:

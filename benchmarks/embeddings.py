@@ -7,7 +7,6 @@ defective training images. Distances: to the nearest training vectors in the emb
 as there are training images is set apart for that; all others test every variant.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -38,8 +37,7 @@ from anomalib_cse.features import fuse, resize
 from anomalib_cse.synthesis import AnomalySynthesis, generator_for, textures_from
 
 from common import Row, hardware, markdown
-from compare import CONFIG
-from contenders import chosen
+from contenders import chosen, parser_of
 
 SPOILT, BASIS, BANK, ROBUST = 20, 21, 22, 23  # set apart the random numbers that one seed gives; the package has others
 SHARES, TRIMMED = (0.0, 0.05, 0.1), 0.1  # of the training images: defective ones, those that are left out
@@ -270,10 +268,7 @@ def table(lines: pd.DataFrame) -> str:
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write a line for each variant, set and seed, and print means over seeds as a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="list of models; see configs/compare")
-    parser.add_argument("--root", type=Path, required=True, help="folder of datasets in MVTec AD's layout, with masks")
-    parser.add_argument("--categories", nargs="+", required=True, help="folders in it")
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="CseGaussian", help="name of the list, a CseGaussian")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("results/embeddings"))

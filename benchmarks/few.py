@@ -22,8 +22,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 
 from common import QUIET, Row, hardware, markdown
-from compare import CONFIG
-from contenders import Contender, chosen
+from contenders import Contender, chosen, parser_of
 
 MEANS = {"image AUROC": "mean", "AUPRO": "mean", "fit s": "median"}
 
@@ -58,10 +57,7 @@ def measure_draws(contender: Contender, dataset: Path, count: int, draws: int) -
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="list of models; see configs/compare")
-    parser.add_argument("--root", type=Path, required=True, help="folder of datasets in MVTec AD's layout")
-    parser.add_argument("--categories", nargs="+", required=True, help="folders in it")
+    parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", required=True, help="names of the list")
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="of training images")
     parser.add_argument("--draws", type=int, default=5, help="choices of so many images")

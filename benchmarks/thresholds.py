@@ -6,7 +6,6 @@ anomalib's ``val_split_mode``, ``from_train`` (the highest score of good images 
 counted out on the test images. The models stand in a YAML file; see ``configs/compare``.
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,8 +25,7 @@ from torch.utils.data import DataLoader
 from anomalib_cse.deployment.post_processing import MidwayPostProcessor, spread
 
 from common import QUIET, Row, hardware, markdown
-from compare import CONFIG
-from contenders import Contender, chosen
+from contenders import Contender, chosen, parser_of
 
 RATES = 0.01, 0.05, 0.1
 WAYS = "reject_rate", "from_train", "synthetic"
@@ -97,10 +95,7 @@ def measure(contender: Contender, dataset: Path, way: str, seed: int) -> Iterato
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write a line for each threshold, and print them as a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="list of models; see configs/compare")
-    parser.add_argument("--root", type=Path, required=True, help="folder of datasets in MVTec AD's layout")
-    parser.add_argument("--categories", nargs="+", required=True, help="folders in it")
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="CseGaussian", help="name of the list: CseGaussian or Cse")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--seed", type=int, default=0)

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 import torch
-from anomalib.data import MVTecAD
+from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models import AnomalibModule
@@ -34,7 +34,7 @@ from anomalib_cse import Cse
 from anomalib_cse.deployment import fixed_size
 
 from common import OPSET, QUIET, Row, exported_size, hardware, in_child, peak_memory
-from contenders import Contender, chosen, parser_of
+from contenders import Contender, chosen, images_of, parser_of
 from report import METRICS, contact_sheet, not_run, table, trade_off
 
 KEY = ["model", "category", "seed"]
@@ -70,12 +70,7 @@ def run_cell(cell: Cell, accelerator: str, keep: Path | None) -> Row:
     # anomalib's thresholds for all alike; Cse's own would have one defective image more right
     model = cell.contender.build(cell.seed, evaluator=evaluator(), post_processor=PostProcessor(), visualizer=False)
     epochs = cell.contender.epochs(model)
-    images = MVTecAD(
-        root=cell.dataset.parent,
-        category=cell.dataset.name,
-        train_batch_size=cell.contender.train_batch_size,
-        num_workers=0,
-    )
+    images = images_of(cell.dataset, cell.contender.train_batch_size)
     with TemporaryDirectory() as folder:
         engine = Engine(
             max_epochs=epochs,
@@ -107,7 +102,7 @@ def evaluator() -> Evaluator:
     )
 
 
-def leave(engine: Engine, model: AnomalibModule, images: MVTecAD, folder: Path, keep: Path | None) -> Row:
+def leave(engine: Engine, model: AnomalibModule, images: AnomalibDataModule, folder: Path, keep: Path | None) -> Row:
     """Leave the model's maps and network and export it; return its size as OpenVINO has it, or what there is not."""
     missing = "neither maps nor latency nor export"
     try:
@@ -134,7 +129,7 @@ def seen(model: AnomalibModule) -> list[float]:
     return [c / r for c, r in zip(cropped[0], resized[0], strict=True)] if cropped else [1.0, 1.0]
 
 
-def save_maps(engine: Engine, model: AnomalibModule, images: MVTecAD, file: Path) -> None:
+def save_maps(engine: Engine, model: AnomalibModule, images: AnomalibDataModule, file: Path) -> None:
     """Save this model's maps of the first test image of every kind of defect and of none, and those images."""
     data = images.test_data
     kinds = [Path(path).parent.name for path in data.samples.image_path]

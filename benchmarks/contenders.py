@@ -10,6 +10,7 @@ from pathlib import Path
 import timm
 import torch
 import yaml
+from anomalib.data import Folder
 from anomalib.models import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from torch import nn
@@ -108,6 +109,23 @@ def chosen(parser: argparse.ArgumentParser, config: Path, names: Sequence[str] |
     if unknown := set(names or ()) - known.keys():
         parser.error(f"{config} has the models {', '.join(known)}; got {', '.join(sorted(unknown))}")
     return [known[name] for name in names or known]
+
+
+def images_of(dataset: Path, batch_size: int, **validation: object) -> Folder:
+    """Return a dataset in MVTec AD's layout, with or without masks; by default the test images validate too."""
+    kinds = sorted(folder.name for folder in (dataset / "test").iterdir() if folder.name != "good")
+    masks = [f"ground_truth/{kind}" for kind in kinds] if (dataset / "ground_truth").is_dir() else None
+    return Folder(
+        name=dataset.name,
+        root=dataset,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir=[f"test/{kind}" for kind in kinds],
+        mask_dir=masks,
+        train_batch_size=batch_size,
+        num_workers=0,
+        **{"val_split_mode": "same_as_test", **validation},
+    )
 
 
 def normalised(model: type[AnomalibModule], backbone: str) -> PreProcessor:

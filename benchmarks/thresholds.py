@@ -25,26 +25,10 @@ from torch.utils.data import DataLoader
 from anomalib_cse.deployment.post_processing import MidwayPostProcessor, spread
 
 from common import QUIET, Row, hardware, markdown
-from contenders import Contender, chosen, parser_of
+from contenders import Contender, chosen, images_of, parser_of
 
 RATES = 0.01, 0.05, 0.1
 WAYS = "reject_rate", "from_train", "synthetic"
-
-
-def images_of(dataset: Path, way: str, batch_size: int) -> Folder:
-    """Return a dataset in MVTec AD's layout, with or without masks, validated in one of the ways."""
-    kinds = sorted(f"test/{folder.name}" for folder in (dataset / "test").iterdir() if folder.name != "good")
-    return Folder(
-        name=dataset.name,
-        root=dataset,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir=kinds,
-        val_split_mode="none" if way == "reject_rate" else way,
-        val_split_ratio=0.2,
-        train_batch_size=batch_size,
-        num_workers=0,
-    )
 
 
 @torch.no_grad()
@@ -59,7 +43,8 @@ def raw_scores(model: AnomalibModule, images: Folder) -> tuple[Tensor, Tensor]:
 
 def measure(contender: Contender, dataset: Path, way: str, seed: int) -> Iterator[Row]:
     """Fit a model, and give a row for each of its thresholds."""
-    images = images_of(dataset, way, contender.train_batch_size)
+    validated = {"val_split_mode": "none" if way == "reject_rate" else way, "val_split_ratio": 0.2}
+    images = images_of(dataset, contender.train_batch_size, **validated)
     seed_everything(seed, verbose=False)
     own = MidwayPostProcessor(RATES[0]) if way == "reject_rate" else PostProcessor()
     model = contender.build(seed, evaluator=False, visualizer=False, post_processor=own)

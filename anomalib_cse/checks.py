@@ -181,28 +181,33 @@ class Fittable(Protocol):
         """Whether it can score."""
 
 
-def check_scorable(model: Fittable, images: Tensor) -> None:
-    """Refuse to score with a model that is not fitted, or images that it is not fitted to; an exported graph cannot.
-
-    Args:
-        model: The torch model.
-        images: ``(B, 3, H, W)``.
-
-    Raises:
-        RuntimeError: If the model is not fitted.
-        ValueError: If the images are of another size.
-    """
-    if torch.compiler.is_compiling():
-        return
-    if not model.is_fitted:
+def check_fitted(model: Fittable) -> None:
+    """Raise a ``RuntimeError`` if a model is not fitted; an exported graph cannot."""
+    if not torch.compiler.is_compiling() and not model.is_fitted:
         msg = (
             "the model is not fitted: train it, or give the checkpoint of a run that has been validated at least once "
             "(ckpt_path)"
         )
         raise RuntimeError(msg)
-    found, wanted = tuple(images.shape[-2:]), tuple(model.image_size.tolist())
+
+
+def check_same_size(images: Tensor, size: Tensor) -> None:
+    """Raise a ``ValueError`` if images ``(B, 3, H, W)`` have not this height and width; an exported graph cannot."""
+    if torch.compiler.is_compiling():
+        return
+    found, wanted = tuple(images.shape[-2:]), tuple(size.tolist())
     if found != wanted:
         msg = f"images must be {wanted} pixels high and wide, as in training, got {found}: resize them"
+        raise ValueError(msg)
+
+
+def check_large_enough(images: Tensor, least: int) -> None:
+    """Raise a ``ValueError`` if images ``(B, 3, H, W)`` have a side of fewer pixels; an exported graph cannot."""
+    if not torch.compiler.is_compiling() and min(images.shape[-2:]) < least:
+        msg = (
+            f"images must be at least {least} pixels high and wide, the stride of the coarsest layer, got "
+            f"{tuple(images.shape[-2:])}: give larger ones, or leave the coarsest layer out of layers"
+        )
         raise ValueError(msg)
 
 

@@ -78,6 +78,7 @@ def run_cell(cell: Cell, accelerator: str, keep: Path | None) -> Row:
             check_val_every_n_epoch=1 if isinstance(model, Cse) else epochs,
             accelerator=accelerator,
             devices=1,
+            callbacks=cell.contender.callbacks,
             default_root_dir=folder,
             **QUIET,
         )
@@ -109,7 +110,7 @@ def leave(engine: Engine, model: AnomalibModule, images: AnomalibDataModule, fol
         if keep:
             save_maps(engine, model, images, keep.with_suffix(".npz"))
             torch.save(
-                {"network": model.model.cpu().eval(), "size": fixed_size(model.pre_processor)},
+                {"network": model.model.cpu().eval(), "size": fixed_size(model.pre_processor) or size_of(images)},
                 keep.with_suffix(".part"),
             )
             keep.with_suffix(".part").rename(keep.with_suffix(".pt"))  # there or not, but never half
@@ -121,9 +122,14 @@ def leave(engine: Engine, model: AnomalibModule, images: AnomalibDataModule, fol
     return {"exported_MB": exported_size(Path(network))}
 
 
+def size_of(images: AnomalibDataModule) -> tuple[int, ...]:
+    """Return the height and width of the first test image."""
+    return tuple(images.test_data[0].image.shape[-2:])
+
+
 def seen(model: AnomalibModule) -> list[float]:
     """Return the part of an image's height and width that the network sees, as its pre-processing may crop."""
-    transforms = getattr(model.pre_processor.transform, "transforms", [])
+    transforms = getattr(getattr(model.pre_processor, "transform", None), "transforms", [])
     resized = [t.size for t in transforms if isinstance(t, Resize)]
     cropped = [t.size for t in transforms if isinstance(t, CenterCrop)]
     return [c / r for c, r in zip(cropped[0], resized[0], strict=True)] if cropped else [1.0, 1.0]

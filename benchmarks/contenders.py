@@ -10,9 +10,11 @@ from pathlib import Path
 import timm
 import torch
 import yaml
+from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data import Folder
 from anomalib.models import AnomalibModule
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize
 
@@ -31,6 +33,8 @@ class Contender:
         init_args: What its constructor gets, beside the seed.
         max_epochs: How long it trains; needed unless the model knows that itself.
         train_batch_size: Training images to a step; 32 is anomalib's.
+        image_size: Height and width that images of a model with a timm backbone are resized to; 256x256 if not given.
+        tile_size: Side of the tiles that anomalib's Tiler cuts images into; 0 for none.
         note: In what it differs from its defaults, for the table.
     """
 
@@ -39,12 +43,15 @@ class Contender:
     init_args: Mapping[str, object] = field(default_factory=dict)
     max_epochs: int | None = None
     train_batch_size: int = 32
+    image_size: Sequence[int] | None = None
+    tile_size: int = 0
     note: str = ""
 
     @property
     def settings(self) -> str:
         """All that decides its results, as JSON."""
-        return json.dumps({key: value for key, value in asdict(self).items() if key not in ("name", "note")})
+        unset = {"name", "note"} | {key for key in ("image_size", "tile_size") if not getattr(self, key)}
+        return json.dumps({key: value for key, value in asdict(self).items() if key not in unset})
 
     @property
     def model_class(self) -> type[AnomalibModule]:
@@ -58,8 +65,18 @@ class Contender:
         if issubclass(self.model_class, (Cse, CseGaussian)):
             arguments |= {"seed": seed, "report": False}
         elif "backbone" in self.init_args:
-            arguments.setdefault("pre_processor", normalised(self.model_class, str(self.init_args["backbone"])))
+            own = normalised(self.model_class, str(self.init_args["backbone"]), self.image_size)
+            arguments.setdefault("pre_processor", own)
         return self.model_class(**arguments)
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """What its trainer needs."""
+        return (
+            [TilerConfigurationCallback(enable=True, tile_size=self.tile_size, stride=self.tile_size)]
+            if self.tile_size
+            else []
+        )
 
     def epochs(self, model: AnomalibModule) -> int:
         """Return how many epochs its model trains.
@@ -123,16 +140,17 @@ def images_of(dataset: Path, batch_size: int, **validation: object) -> Folder:
         abnormal_dir=[f"test/{kind}" for kind in kinds],
         mask_dir=masks,
         train_batch_size=batch_size,
+        eval_batch_size=batch_size,
         num_workers=0,
         **{"val_split_mode": "same_as_test", **validation},
     )
 
 
-def normalised(model: type[AnomalibModule], backbone: str) -> PreProcessor:
+def normalised(model: type[AnomalibModule], backbone: str, size: Sequence[int] | None = None) -> PreProcessor:
     """Return a model's own pre-processing, with the mean and deviation that a timm backbone was trained with."""
     with torch.device("meta"):
         net = timm.create_model(backbone, pretrained=False)
     config = timm.data.resolve_data_config({}, model=net)
     normalise = Normalize(config["mean"], config["std"])
-    transforms = model.configure_pre_processor().transform.transforms
+    transforms = model.configure_pre_processor(tuple(size) if size else None).transform.transforms
     return PreProcessor(Compose([normalise if isinstance(t, Normalize) else t for t in transforms]))

@@ -31,7 +31,7 @@ from anomalib_cse.cse_gaussian import fit as package
 from anomalib_cse.cse_gaussian.folds import unseen_scores
 from anomalib_cse.cse_gaussian.lightning_model import SAMPLED, TEXTURES, TEXTURES_READ
 from anomalib_cse.cse_gaussian.moments import RIDGE, Moments, inverse_root
-from anomalib_cse.cse_gaussian.sample import BATCH, TrainingSample
+from anomalib_cse.cse_gaussian.sample import BATCH, Seen, TrainingSample
 from anomalib_cse.cse_gaussian.torch_model import geometric_mean, image_score
 from anomalib_cse.features import fuse, resize
 from anomalib_cse.synthesis import AnomalySynthesis, generator_for, textures_from
@@ -61,9 +61,10 @@ class Images(NamedTuple):
         """Return some of the images."""
         return Images(self.images[places], [f[places] for f in self.features], self.labels[places], self.masks[places])
 
-    def feature_batches(self) -> Iterator[list[Tensor]]:
-        """Give features of each layer ``(B, C, h, w)``."""
-        return map(list, zip(*(f.split(BATCH) for f in self.features), strict=True))
+    def batches(self) -> Iterator[Seen]:
+        """Give images and features in batches."""
+        parts = zip(*(values.split(BATCH) for values in (self.images, *self.features)), strict=True)
+        return (Seen(images, features) for images, *features in parts)
 
 
 class Training:
@@ -90,19 +91,7 @@ class Training:
     def fit(self, embed: Embed = package.fit_directions) -> tuple[CseGaussianModel, package.Fit]:
         """Fit a copy of the model as the package's ``fit`` does, but for the choice of directions."""
         model, factors = self.embedded(embed)
-        some, others = self.sample.halves
-        trial = None
-        if self.sample.can_be_tried(package.FEWEST_TRIED):
-            package.fit_own(model, some.moments, factors, some.feature_batches())
-            own = package.separation(model, others.feature_batches(), self.corrupted[1])
-            package.fit_common(model, factors, some.feature_batches())
-            trial = package.Trial(package.separation(model, others.feature_batches(), self.corrupted[1]), own)
-        seen = chain(some.feature_batches(), others.feature_batches())
-        if trial is not None and trial.differ:
-            package.fit_own(model, self.moments, factors, seen)
-        else:
-            package.fit_common(model, factors, seen)
-        return model, package.Fit(self.defects, trial)
+        return model, package.Fit(self.defects, package.fit_covariances(model, self.sample, factors, self.corrupted[1]))
 
     def trimmed(self) -> "Training":
         """Return the images but for the share that fits without them score highest."""
@@ -165,7 +154,7 @@ def neighbour_maps(training: Training, test: Images) -> dict[int, Tensor]:
     A tenth of what the scale of rows and columns comes from are their own neighbours: that only multiplies the map.
     """
     model, factors = training.embedded(package.fit_directions)
-    package.fit_common(model, factors, training.shown.feature_batches())  # for the layers' weights
+    package.fit_common(model, factors, training.shown.batches())  # for the layers' weights
     layers: dict[int, list[Tensor]] = {count: [] for count in NEIGHBOURS}
     for layer, gaussian in enumerate(model.maps):
         matrix, mean = gaussian.directions @ gaussian.roots, gaussian.mean
@@ -178,7 +167,8 @@ def neighbour_maps(training: Training, test: Images) -> dict[int, Tensor]:
             for points in (shown[:SCALED_BY], tested)
         )
         for count, maps in layers.items():
-            scale = package.of_rows_and_columns(usual[..., :count].mean(dim=(0, -1)))
+            total = usual[..., :count].mean(dim=-1).sum(dim=0)
+            scale = package.of_rows_and_columns(total, torch.full_like(total, len(usual)))
             maps.append((found[..., :count].mean(dim=-1) / scale)[:, None])
     return {count: geometric_mean(fuse(maps), model.layer_weights) for count, maps in layers.items()}
 
@@ -187,7 +177,7 @@ def variants(of_share: Callable[[float], Training], test: Images, seed: int) -> 
     """Give each variant's name, the share of defective training images, and the test images' joint maps."""
 
     def maps(fitted: tuple[CseGaussianModel, package.Fit]) -> Tensor:
-        return torch.cat([fitted[0].joint_distances(features) for features in test.feature_batches()])
+        return torch.cat([fitted[0].joint_distances(seen.features) for seen in test.batches()])
 
     for share, training in zip(SHARES, map(of_share, SHARES), strict=True):
         yield "as it is", share, maps(training.fit())

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import ColorJitter
 
 from anomalib_cse import CseGaussian, CseGaussianModel
-from anomalib_cse.cse_gaussian.fit import PRIOR, fit
+from anomalib_cse.cse_gaussian.fit import PRIOR, TRIED_PRIOR, fit
 from anomalib_cse.cse_gaussian.folds import unseen_scores
 from anomalib_cse.cse_gaussian.moments import RIDGE
 from anomalib_cse.cse_gaussian.sample import FEWEST_KEPT, TrainingSample
@@ -143,20 +143,20 @@ class NaiveLayer:
         self.directions = vectors[:, ::-1][:, :dim]
         self.factors = np.maximum(1 - 1 / ratios[::-1][:dim], 0)
 
-    def distances(self, features, own=None):
+    def distances(self, features, own=None, prior=PRIOR):
         """``(N, h, w)``; with covariances of the positions' own if there are features ``own`` to learn them from."""
         embedded, distances = (features - self.mean) @ self.directions, np.zeros(features.shape[:3])
         for i, j in np.ndindex(*features.shape[1:3]):
             covariance = np.eye(len(self.factors))
             if own is not None:
                 here = (own[:, i, j] - self.mean) @ self.directions
-                covariance = (here.T @ here + PRIOR * covariance) / (len(here) + PRIOR)
+                covariance = (here.T @ here + prior * covariance) / (len(here) + prior)
             whitened = embedded[:, i, j] @ np.linalg.inv(scipy.linalg.sqrtm(covariance).real)
             distances[:, i, j] = np.sqrt((self.factors * whitened**2).sum(axis=-1))
         return distances
 
 
-def naive_joint(layers, features, shown, own=None):
+def naive_joint(layers, features, shown, own=None, prior=PRIOR):
     """The joint map ``(N, 1, h, w)``: distances are 1 on average over the features ``shown``.
 
     They are so at every position with covariances of their own, else, as the means of rows and columns say.
@@ -164,18 +164,22 @@ def naive_joint(layers, features, shown, own=None):
     maps = []
     for number, layer in enumerate(layers):
         own_of_layer = own[number] if own else None
-        mean = layer.distances(shown[number], own_of_layer).mean(axis=0)
+        mean = layer.distances(shown[number], own_of_layer, prior).mean(axis=0)
         scale = mean if own else np.outer(mean.mean(axis=1), mean.mean(axis=0)) / mean.mean()
-        maps.append(layer.distances(features[number], own_of_layer) / scale)
+        maps.append(layer.distances(features[number], own_of_layer, prior) / scale)
     large = [F.interpolate(torch.from_numpy(m)[:, None], maps[0].shape[1:], mode="bilinear").numpy() for m in maps]
     total = sum(layer.factors.sum() for layer in layers)
     return np.prod([m ** (layer.factors.sum() / total) for m, layer in zip(large, layers, strict=True)], axis=0)
 
 
 def naive_separation(clean, drawn, masks):
-    """By how many deviations of clean positions' log distances those of defects lie above them."""
+    """By how many deviations of clean log distances those of defects lie above them, and of log scores images'."""
     cover = F.adaptive_avg_pool2d(masks.double(), clean.shape[2:]).numpy()
-    return (np.average(np.log(drawn), weights=cover) - np.log(clean).mean()) / np.log(clean).std(ddof=1)
+    scores, drawn_scores = np.log(naive_scores(clean)), np.log(naive_scores(drawn))
+    return (
+        (np.average(np.log(drawn), weights=cover) - np.log(clean).mean()) / np.log(clean).std(),
+        (drawn_scores.mean() - scores.mean()) / scores.std(),
+    )
 
 
 def naive_scores(joint):
@@ -192,7 +196,7 @@ def test_fit_and_forward_equal_numpys_of_all_images_at_once(kind):
     clean, defects = features_of(model, images), features_of(model, painted)
     layers = [NaiveLayer(c, d, params.mask, 6) for c, d in zip(clean, defects, strict=True)]
     some, others, others_painted = ([f[start::2] for f in fs] for fs, start in ((clean, 0), (clean, 1), (defects, 1)))
-    for found, options in ((trial.in_common, {}), (trial.own, {"own": some})):
+    for found, options in ((trial.in_common, {}), (trial.own, {"own": some, "prior": TRIED_PRIOR})):
         maps = [naive_joint(layers, features, shown=some, **options) for features in (others, others_painted)]
         assert found == pytest.approx(naive_separation(*maps, params.mask[1::2]), rel=1e-4)
     assert trial.differ is (kind == "part")
@@ -266,7 +270,9 @@ def test_the_log_says_what_was_tried(mvtec_root, dtd, tmp_path, caplog, monkeypa
     [trial] = [fitted.trial for fitted in tried]
     way = "their own" if trial.differ else "one for all"
     said = (
-        f"by {trial.in_common:.2f} deviations with one covariance for all positions, by {trial.own:.2f} with their own"
+        f"by {trial.in_common.positions:.2f} deviations with one covariance for all positions, "
+        f"by {trial.own.positions:.2f} with their own; scores of images that have some "
+        f"by {trial.in_common.images:.2f} and {trial.own.images:.2f}"
     )
     assert any(f"{said}. They get {way}." in record.getMessage() for record in caplog.records)
     assert {gaussian.roots.dim() for gaussian in model.model.maps} == {4 if trial.differ else 2}
@@ -317,7 +323,7 @@ def test_half_precision_leaves_distances_alone(part):
 def test_memory_is_bounded_and_own_covariances_give_way_to_one(budget):
     model, images = new_model(layers=(2, 3)), images_of("part", 70)
     sample = sample_of(model, images, budget)
-    kept = sum(len(half.images) for half in sample.halves)
+    kept = sum(len(half.kept) for half in sample.halves)
     assert sample.count == 70
     assert kept == FEWEST_KEPT if budget == 0 else FEWEST_KEPT < kept < 70
     size = sum(image.nbytes + sum(f.nbytes for f in model.smoothed_features(image[None])) for image in images[:1])
@@ -335,7 +341,7 @@ def test_every_image_is_as_likely_to_be_kept():
         sample = TrainingSample(0, torch.Generator().manual_seed(seed))
         for part in images.split(20):
             sample.add(part, [part])
-        kept.update(int(image[0, 0, 0]) for image in sample.kept)
+        kept.update(int(one.image[0, 0, 0]) for one in sample.kept)
     share = FEWEST_KEPT / 60
     assert sorted(kept) == list(range(60))
     assert all(abs(count - 200 * share) < 4.5 * (200 * share * (1 - share)) ** 0.5 for count in kept.values())
@@ -458,7 +464,7 @@ def test_mixed_precision_finds_white_squares(mvtec_root, tmp_path):
     model = fit_with(tmp_path, datamodule=data, trainer={"precision": "bf16-mixed"})
     [metrics] = Engine(default_root_dir=tmp_path, **QUIET).test(model, datamodule=data)
     assert metrics["image_AUROC"] == 1
-    assert all(v.dtype in (torch.float32, torch.int64) for v in model.state_dict().values())
+    assert all(v.dtype in (torch.float32, torch.int64, torch.bool) for v in model.state_dict().values())
 
 
 class Images(torch.utils.data.Dataset):

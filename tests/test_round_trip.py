@@ -12,6 +12,7 @@ import torch
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.engine import Engine
+from PIL import Image
 from safetensors.torch import save_file
 
 from tiny import COMMON, MODELS, QUIET, data_of, flags
@@ -33,6 +34,7 @@ VALUES = {
     "holdout_ratio": (np.float32(0.5), 0.5),
     "image_size": (np.array([64, 72]), [64, 72]),
     "center_crop_size": ((np.int64(48), np.int64(40)), (48, 40)),
+    "roi": (Path("masks"), "masks"),
     "memory_budget": (np.uint32(2**20), 2**20),
     "reject_rate": (np.float32(0.25), 0.25),
     "seed": (np.int64(3), 3),
@@ -49,6 +51,9 @@ def folder(dtd, tmp_path):
     (tmp_path / "dtd").symlink_to(dtd)
     state = timm.create_model("test_efficientnet").state_dict()
     save_file(state, tmp_path / "weights.safetensors")
+    (tmp_path / "masks").mkdir()
+    for number in range(10):  # of any image of the tiny dataset
+        Image.new("L", (96, 72), 255).save(tmp_path / "masks" / f"{number:03}.png")
     return tmp_path
 
 

@@ -255,7 +255,8 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         if self.scores_changed:
             self.best_loss.copy_(loss)
             self.model.embedder.load_state_dict(weights)
-            fit_centres(self.model, pairing, pairing.defect_free, self.image_size, int(self.fit_seed))
+            size = cast(tuple[int, int], self.image_size)
+            fit_centres(self.model, pairing, pairing.defect_free, size, int(self.fit_seed))
             self.share_fitted()
 
     def hold_out_loss(self, pairing: Pairing) -> Tensor:
@@ -274,8 +275,8 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
 
     def unseen_scores(self) -> UnseenScores | None:
         """Score the held-out images; ``None`` if there are none."""
-        pairing, seed = self.pairing, int(self.fit_seed)
-        scores = None if pairing is None else unseen_scores(self.model, pairing, self.image_size, seed)
+        pairing, size = self.pairing, cast(tuple[int, int], self.image_size)
+        scores = None if pairing is None else unseen_scores(self.model, pairing, size, int(self.fit_seed))
         return self.trainer.strategy.broadcast(scores)
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:

@@ -9,7 +9,7 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_number, check_scorable
+from ..checks import check_fitted, check_number, check_same_size
 from ..features import FrozenBackbone, fuse, pool, resize
 
 
@@ -128,5 +128,6 @@ class CseModel(DynamicBufferMixin):
             RuntimeError: If the centres have not been set.
             ValueError: If the images are of another size.
         """
-        check_scorable(self, images)
+        check_fitted(self)
+        check_same_size(images, self.image_size)
         return self.score(self.backbone(images), images.shape[-2:])

@@ -1,47 +1,26 @@
 """The closed form: directions, then covariances and scales, by clean and corrupted images."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import chain
 from operator import add
 from typing import NamedTuple
 
 import torch
-from rich.progress import track
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..synthesis import AnomalySynthesis, generator_for
+from ..synthesis import AnomalySynthesis
+from .corrupted import Corrupted, corrupted_features, defect_moments
 from .moments import RIDGE, Moments, contrastive_directions, evidence, inverse_root
-from .sample import BATCH, FOLDS, Half, TrainingSample
-from .torch_model import CseGaussianModel
+from .sample import Seen, TrainingSample, batches
+from .torch_model import CseGaussianModel, from_border
+from .trial import Trial, separation
 
 FEWEST_CORRUPTED, MOST_CORRUPTED = 16, 128  # as many images as there are get synthetic defects, within these bounds
-ALIKE = 1e-3  # deviation of log distances below which images are copies of one another
 ROUNDING = 1e-12  # share of a second moment that is no variance
 PRIOR = 10  # images' worth of trust in the covariance that all positions have in common
+TRIED_PRIOR = 100  # likewise in the trial: covariances of half of the images are noisier than those they stand for
 FEWEST_TRIED = PRIOR  # images to try own covariances with: of fewer, they would count for less than half
-DRAWN, DEFECTS = 10, 11  # set apart the random numbers that one seed gives
-
-
-class Corrupted(NamedTuple):
-    """B images with synthetic defects: features of each layer ``(B, C, h, w)``, masks ``(B, 1, H, W)``, folds."""
-
-    features: list[Tensor]
-    masks: Tensor
-    folds: list[int]
-
-
-class Trial(NamedTuple):
-    """How far synthetic defects stand out with one covariance for all positions, and with their own."""
-
-    in_common: float
-    own: float
-
-    @property
-    def differ(self) -> bool:
-        """Whether positions should have covariances of their own."""
-        return self.own > self.in_common
 
 
 class Fit(NamedTuple):
@@ -64,10 +43,8 @@ class Fit(NamedTuple):
 def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynthesis, seed: int) -> Fit:
     """Fit a model's maps and the weights of its layers to the training images, with defects as the seed draws them.
 
-    Parts lie alike in every image, and what is usual differs from place to place. On a surface nothing has a place: own
-    covariances learn no more than the images at hand. So both are tried: with covariances and scales of one half of the
-    images, they are to find synthetic defects in the other. As many images get such defects as there are, within
-    bounds; with several processes, as many as the first one has.
+    As many images get synthetic defects as there are, within bounds; with several processes, as many as the first one
+    has.
 
     Raises:
         ValueError: If features are not finite or all alike, or no synthetic defect is there or stands out in a layer.
@@ -80,53 +57,32 @@ def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynth
     defects = defect_moments(drawn, some.moments)
     of_halves = zip(some.moments, others.moments, strict=True)
     factors = fit_directions(model, [(a + b).pooled() for a, b in of_halves], over_folds(defects))
-    model.image_size.copy_(torch.tensor(sample.kept[0].shape[-2:]))
+    model.image_size.copy_(torch.tensor(sample.kept[0].image.shape[-2:]))
+    return Fit(defects, fit_covariances(model, sample, factors, corrupted))
+
+
+def fit_covariances(
+    model: CseGaussianModel, sample: TrainingSample, factors: Sequence[Tensor], corrupted: Sequence[Corrupted]
+) -> Trial | None:
+    """Give all positions one covariance or each its own, whichever finds synthetic defects better.
+
+    Parts lie alike in every image, and what is usual differs from place to place. On a surface nothing has a place: own
+    covariances learn no more than the images at hand. So both are tried: with covariances and scales of one half of the
+    images, own ones shrunk harder than in the model, they are to find the defects in the other, ``corrupted``.
+    """
+    some, others = sample.halves
     trial = None
     if sample.can_be_tried(FEWEST_TRIED):
-        fit_own(model, some.moments, factors, some.feature_batches())
-        own = separation(model, others.feature_batches(), corrupted)
-        fit_common(model, factors, some.feature_batches())
-        trial = Trial(separation(model, others.feature_batches(), corrupted), own)
-    shown = chain(some.feature_batches(), others.feature_batches())
+        fit_own(model, some.moments, factors, batches(some.kept), TRIED_PRIOR)
+        own = separation(model, batches(others.kept), corrupted)
+        fit_common(model, factors, batches(some.kept))
+        trial = Trial(separation(model, batches(others.kept), corrupted), own)
     if trial is not None and trial.differ:
         moments = [a + b for a, b in zip(some.moments, others.moments, strict=True)]
-        fit_own(model, moments, factors, shown)
+        fit_own(model, moments, factors, batches(sample.kept))
     else:
-        fit_common(model, factors, shown)
-    return Fit(defects, trial)
-
-
-def draw(count: int, images: int, *numbers: int) -> list[int]:
-    """Draw so many of the images, none again before all have been drawn; the numbers decide."""
-    generator = generator_for(*numbers)
-    rounds = [torch.randperm(images, generator=generator) for _ in range(-(-count // images))]
-    return torch.cat(rounds)[:count].tolist()
-
-
-def corrupted_features(
-    model: CseGaussianModel, half: Half, synthesis: AnomalySynthesis, count: int, seed: int
-) -> Iterator[Corrupted]:
-    """Give the features of sampled images with synthetic defects, and the defects' masks."""
-    if not half.images:
-        return
-    drawn = draw(count, len(half.images), seed, DRAWN, half.number)
-    for start in track(range(0, len(drawn), BATCH), description="Drawing defects"):
-        places = drawn[start : start + BATCH]
-        images = torch.stack([half.images[i] for i in places])
-        params = synthesis.sample(images.shape, generator_for(seed, DEFECTS, half.number, start))
-        features = model.smoothed_features(synthesis.apply(images, params))
-        yield Corrupted(features, params.mask.to(images.device), [half.folds[i] for i in places])
-
-
-def defect_moments(corrupted: Iterable[Corrupted], like: Sequence[Moments]) -> list[list[Moments]]:
-    """Return moments of the features of synthetic defects, by fold and layer; those of ``like`` are of these layers."""
-    folds = [[Moments(m.first.shape[-1], device=m.first.device) for m in like] for _ in range(FOLDS)]
-    for drawn in corrupted:
-        for layer, f in enumerate(drawn.features):
-            cover = F.adaptive_avg_pool2d(drawn.masks.float(), (f.shape[2], f.shape[3]))
-            for fold, vectors, weights in zip(drawn.folds, f.movedim(1, -1), cover, strict=True):
-                folds[fold][layer].add(vectors.flatten(0, 1), weights.flatten())
-    return folds
+        fit_common(model, factors, batches(sample.kept))
+    return trial
 
 
 def over_folds(moments: Sequence[list[Moments]]) -> list[Moments]:
@@ -176,48 +132,77 @@ def check_moments(level: int, clean: Moments, defects: Moments) -> None:
         raise ValueError(msg)
 
 
-def fit_common(model: CseGaussianModel, factors: Sequence[Tensor], shown: Iterable[list[Tensor]]) -> None:
+def fit_common(model: CseGaussianModel, factors: Sequence[Tensor], shown: Iterable[Seen]) -> None:
     """Give all positions one covariance, which is 1 in the embedding; fit scales, of rows and columns, and weights."""
     for gaussian, factor in zip(model.maps, factors, strict=True):
         gaussian.set("roots", factor.sqrt().diag())
-    set_scales(model, factors, map(of_rows_and_columns, mean_distances(model, shown)))
+    set_scales(model, factors, [of_rows_and_columns(total, weight) for total, weight in distances(model, shown)])
 
 
 def fit_own(
-    model: CseGaussianModel, moments: Sequence[Moments], factors: Sequence[Tensor], shown: Iterable[list[Tensor]]
+    model: CseGaussianModel,
+    moments: Sequence[Moments],
+    factors: Sequence[Tensor],
+    shown: Iterable[Seen],
+    prior: float = PRIOR,
 ) -> None:
     """Give every position its own covariance, shrunk to the common one if images are few; fit scales and weights.
 
-    ``moments`` are those of the features at every position, of each layer; ``shown`` features measure the scales.
+    ``moments`` are those of the features at every position, of each layer; ``shown`` features measure the scales;
+    ``prior`` is how many images the common covariance counts for.
     """
     for gaussian, at_positions, factor in zip(model.maps, moments, factors, strict=True):
         directions = gaussian.directions.to(factor)
         embedded = directions.mT @ at_positions.about(gaussian.mean.to(factor)) @ directions  # (h, w, D, D)
-        own = (at_positions.weight / (at_positions.weight + PRIOR))[..., None]
+        own = (at_positions.weight / (at_positions.weight + prior))[..., None]
         shrunk = own * embedded + (1 - own) * torch.eye(len(factor)).to(factor)
         gaussian.set("roots", inverse_root(shrunk) * factor.sqrt())
-    set_scales(model, factors, mean_distances(model, shown))
+    set_scales(model, factors, [mean_of(total, weight) for total, weight in distances(model, shown)])
 
 
-def mean_distances(model: CseGaussianModel, shown: Iterable[list[Tensor]]) -> list[Tensor]:
-    """Return the mean distance at every position ``(h, w)`` over the features ``shown``, of each layer."""
-    totals: list[Tensor] = []
-    count = 0
-    for features in shown:
-        distances = [m.distances(f).sum(dim=(0, 1)) for m, f in zip(model.maps, features, strict=True)]
-        totals = [t + d for t, d in zip(totals, distances, strict=True)] if totals else distances
-        count += len(features[0])
-    # positions may be all alike in all images
-    return [(total / count).clamp(min=torch.finfo(total.dtype).eps) for total in totals]
+def distances(model: CseGaussianModel, shown: Iterable[Seen]) -> list[tuple[Tensor, Tensor]]:
+    """Return sums of the distances at every position ``(h, w)``, and how much they are of, of each layer.
+
+    Where images differ in size, positions are those of the smallest height and the smallest width: see
+    :func:`~anomalib_cse.cse_gaussian.torch_model.from_border`.
+    """
+    of_images: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.maps]
+    for seen in shown:
+        for layer, (gaussian, features) in enumerate(zip(model.maps, seen.features, strict=True)):
+            weights = seen.weights(layer)
+            weighted = weights * gaussian.distances(features)[:, 0]
+            of_images[layer].append((weighted.sum(dim=0), weights.sum(dim=0)))
+    sums = []
+    for of_layer in of_images:
+        height, width = (min(total.shape[axis] for total, _ in of_layer) for axis in (0, 1))
+        both = [[gathered(values, height, width) for values in pair] for pair in of_layer]
+        sums.append((sum(total for total, _ in both), sum(weight for _, weight in both)))
+    return sums  # type: ignore[return-value]  # of tensors
 
 
-def of_rows_and_columns(means: Tensor) -> Tensor:
+def gathered(values: Tensor, height: int, width: int) -> Tensor:
+    """Add up values ``(h, w)`` at the positions of a smaller grid, those as far from the borders."""
+    rows, columns = (
+        from_border(length, most, values.device) for length, most in zip(values.shape, (height, width), strict=True)
+    )
+    of_rows = values.new_zeros(height, values.shape[1]).index_add_(0, rows, values)
+    return values.new_zeros(height, width).index_add_(1, columns, of_rows)
+
+
+def mean_of(total: Tensor, weight: Tensor) -> Tensor:
+    """Return means of sums of distances, above 0 though positions may be all alike; where nothing was seen, of all."""
+    mean = torch.where(weight > 0, total / weight, total.sum() / weight.sum())
+    return mean.clamp(min=torch.finfo(mean.dtype).eps)
+
+
+def of_rows_and_columns(total: Tensor, weight: Tensor) -> Tensor:
     """Return a map ``(h, w)`` in which every position has the product of its row's and its column's mean, over all's.
 
     The backbone's padding makes distances larger towards a border, whatever the image shows, and by as much anywhere
     along it; differences there come from the images.
     """
-    return means.mean(dim=1, keepdim=True) * means.mean(dim=0, keepdim=True) / means.mean()
+    rows, columns = (mean_of(total.sum(dim=axis), weight.sum(dim=axis)) for axis in (1, 0))
+    return rows[:, None] * columns / mean_of(total.sum(), weight.sum())
 
 
 def set_scales(model: CseGaussianModel, factors: Sequence[Tensor], means: Iterable[Tensor]) -> None:
@@ -226,23 +211,3 @@ def set_scales(model: CseGaussianModel, factors: Sequence[Tensor], means: Iterab
         gaussian.set("scale", 1 / mean)
     dimensions = torch.stack([f.sum() for f in factors])
     model.layer_weights.copy_((dimensions / dimensions.sum()).view(1, -1, 1, 1))
-
-
-def separation(model: CseGaussianModel, clean: Iterable[list[Tensor]], corrupted: Iterable[Corrupted]) -> float:
-    """Return how far defects stand out of clean features: of log distances, the difference of means in deviations.
-
-    The deviation is that of clean positions, or ``ALIKE`` if that is more. Positions are many where images are few, so
-    a few defects suffice to tell two models apart.
-    """
-
-    def logs(features: list[Tensor]) -> Tensor:
-        joint = model.joint_distances(features)
-        return joint.clamp(min=torch.finfo(joint.dtype).tiny).log().cpu().double()  # not all devices know double
-
-    usual = torch.cat([logs(features).flatten() for features in clean])
-    total = cover = usual.new_zeros(())
-    for drawn in corrupted:
-        values = logs(drawn.features)
-        weights = F.adaptive_avg_pool2d(drawn.masks.cpu().double(), (values.shape[2], values.shape[3]))
-        total, cover = total + (weights * values).sum(), cover + weights.sum()
-    return float((total / cover - usual.mean()) / usual.std().clamp(min=ALIKE))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -22,8 +22,9 @@ from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, c
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
 from .fit import Fit, fit
 from .folds import unseen_scores
-from .sample import FOLDS, TrainingSample
-from .torch_model import CseGaussianModel
+from .region import RegionMixin
+from .sample import FOLDS, TrainingSample, in_passes
+from .torch_model import CseGaussianModel, positions_inside
 
 SAMPLED, TEXTURES = 13, 14  # set apart the random numbers that one seed gives; fit.py has others
 TEXTURES_READ = 64  # of at most 128 defects, with all kinds a third need one
@@ -31,7 +32,7 @@ TEXTURES_READ = 64  # of at most 128 defects, with all kinds a third need one
 OF_GRADIENTS = (GradientAccumulationScheduler, LearningRateFinder)
 
 
-class CseGaussian(DeploymentMixin, AnomalibModule):
+class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
     """CSE in closed form: the directions in which synthetic defects stand out, and Gaussian distances along them.
 
     ``model``, a :class:`~anomalib_cse.cse_gaussian.CseGaussianModel`, is fitted at the end of one epoch, from sums over
@@ -47,8 +48,10 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             no download.
         download_dtd: Download DTD to ``dtd_dir`` if that does not exist or is empty.
         defects: Kinds of synthetic defects, out of ``structural``, ``textural`` and ``blur``.
-        image_size: Height and width that images are resized to; ``None`` is 256x256.
+        image_size: Height and width that images are resized to; ``None`` is 256x256. Images keep their own sizes with
+            ``pre_processor=False``, and all positions get one covariance.
         center_crop_size: Height and width cropped out of that.
+        roi: Region of interest: an image, bright where to look, or a folder with one for each image, by its name.
         memory_budget: Most bytes of sums, images and features that are kept of the training images, but 24 images at
             least; features of 64 corrupted ones come on top.
         reject_rate: Share of good images to be called anomalous, in (0, 0.5]: the thresholds come from training images,
@@ -64,6 +67,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
 
     model: CseGaussianModel
     shaping = ("embedding_dim",)
+    takes_any_size = True
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         defects: Sequence[str] = KINDS,
         image_size: tuple[int, int] | None = None,
         center_crop_size: tuple[int, int] | None = None,
+        roi: str | Path | None = None,
         memory_budget: int = 2**30,
         reject_rate: float | None = None,
         seed: int | None = None,
@@ -99,6 +104,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         with self.own_random_numbers():  # of random weights, if asked for
             self.model = CseGaussianModel(backbone, layers, pre_trained, weights, embedding_dim)
         self.make_exportable()
+        if roi is not None:
+            self.look_inside(roi)
         # DistributedDataParallel refuses a module in which nothing takes a gradient, Lightning steps without a loss
         self.unused = nn.Parameter(torch.zeros(()))
         self.sample: TrainingSample | None = None  # while fitting
@@ -149,7 +156,11 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         if isinstance(images, Sized):
             self.check_unseen(len(images) // self.trainer.world_size)  # the first process scores its own
         seed = self.trainer.strategy.broadcast(self.effective_seed)
-        self.sample = TrainingSample(self.hparams["memory_budget"], generator_for(seed, SAMPLED, self.global_rank))
+        self.sample = TrainingSample(
+            self.hparams["memory_budget"],
+            generator_for(seed, SAMPLED, self.global_rank),
+            has_positions=self.image_size is not None and self.regions is None,
+        )
         if self.trainer.is_global_zero:
             textures = textures_from(self.hparams["dtd_dir"], generator_for(seed, TEXTURES), TEXTURES_READ)
             self.synthesis = AnomalySynthesis(textures, kinds=self.hparams["defects"])
@@ -160,9 +171,23 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         del batch_idx
         assert self.sample is not None  # since on_train_start
         images = cast(Tensor, batch.image)
+        inside = self.inside(images, batch.image_path)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # as images are scored
-            self.sample.add(images, self.model.smoothed_features(images), batch.image_path)
+            passes = [self.model.smoothed_features(*part) for part in in_passes(images, inside)]
+            features = [torch.cat(layer) for layer in zip(*passes, strict=True)]
+            if inside is not None:
+                positions_inside(inside, features[0].shape[-2:])
+                images = self.model.blanked(images, inside)  # synthetic defects may be made of their own pixels
+            self.sample.add(images, features, batch.image_path, inside)
         return self.unused if self.trainer.world_size > 1 else None
+
+    def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
+        """Score images ``(B, 3, H, W)``, known by ``paths``."""
+        scored = [self.model(*part) for part in in_passes(images, self.inside(images, paths))]
+        return InferenceBatch(
+            pred_score=torch.cat([part.pred_score for part in scored]),
+            anomaly_map=torch.cat([part.anomaly_map for part in scored]),
+        )
 
     def on_validation_start(self) -> None:
         """Fit before validation, so that thresholds are of the fitted model."""
@@ -188,13 +213,13 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         if synthesis is not None:  # in the first process
             fitted = fit(self.model, sample, synthesis.to(self.device), seed)
             self.fitted, trial = (sample, fitted), fitted.trial
-            for half in sample.halves:  # their features will do
-                half.images.clear()
             if trial is not None:
                 rank_zero_info(
                     f"With covariances of half of the training images, synthetic defects in the other stand out by "
-                    f"{trial.in_common:.2f} deviations with one covariance for all positions, by {trial.own:.2f} with "
-                    f"their own. They get {'their own' if trial.differ else 'one for all'}."
+                    f"{trial.in_common.positions:.2f} deviations with one covariance for all positions, by "
+                    f"{trial.own.positions:.2f} with their own; scores of images that have some by "
+                    f"{trial.in_common.images:.2f} and {trial.own.images:.2f}. They get "
+                    f"{'their own' if trial.differ else 'one for all'}."
                 )
         self.share_fitted()
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 0.01  # added to a covariance, as a share of its mean variance
+TINY = 1e-300  # a weight that divides nothing by nothing: outside of a region of interest there are no vectors
 
 
 def inverse_root(matrix: Tensor) -> Tensor:
@@ -67,10 +68,14 @@ class Moments:
         self.first += weighted.sum(dim=-2)
         self.second += weighted.mT @ vectors
 
-    def add_maps(self, features: Tensor) -> None:
-        """Add feature maps ``(B, C, h, w)``, every position for itself if the grid has positions."""
+    def add_maps(self, features: Tensor, weights: Tensor | None = None) -> None:
+        """Add feature maps ``(B, C, h, w)``, of weight 1 or ``(B, h, w)``; a grid has every position for itself."""
         at_positions = features.permute(2, 3, 0, 1)  # (h, w, B, C)
-        self.add(at_positions if self.weight.dim() > 1 else at_positions.flatten(0, 2))
+        of_positions = None if weights is None else weights.permute(1, 2, 0)
+        if self.weight.dim() == 1:
+            at_positions = at_positions.flatten(0, 2)
+            of_positions = None if of_positions is None else of_positions.flatten()
+        self.add(at_positions, of_positions)
 
     def of_sums(self, weight: Tensor, first: Tensor, second: Tensor) -> "Moments":
         """Return moments of other sums."""
@@ -99,12 +104,12 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """The mean ``(*grid, C)``."""
-        return self.first / self.weight
+        """The mean ``(*grid, C)``; 0 of no vectors."""
+        return self.first / self.weight.clamp(min=TINY)
 
     def about(self, centre: Tensor) -> Tensor:
         """Return the second moment ``(*grid, C, C)`` about ``centre`` ``(C,)``."""
         mean = self.mean
         shift = (mean - centre)[..., None]
-        central = self.second / self.weight[..., None] - mean[..., None] @ mean[..., None, :]
+        central = self.second / self.weight[..., None].clamp(min=TINY) - mean[..., None] @ mean[..., None, :]
         return central + shift @ shift.mT

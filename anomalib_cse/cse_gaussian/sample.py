@@ -1,6 +1,7 @@
 """What is kept of the training images as they stream by, in bounded memory."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -8,23 +9,65 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
 
 from .moments import Moments
+from .torch_model import cover
 
 FEWEST_KEPT = 24  # images, whatever the memory: to draw defects into, and to measure distances of
-BATCH = 8  # images to a pass of the backbone
+BATCH = 8  # images to a pass of the backbone, unless they are large
+PIXELS = BATCH * 2**18  # of a pass, whose memory grows with them
 FOLDS = 5  # of cross-validation
 
 
-def batches(features: Sequence[list[Tensor]]) -> Iterator[list[Tensor]]:
-    """Give features of images, of each layer ``(C, h, w)``, in batches, of each layer ``(B, C, h, w)``."""
-    for start in range(0, len(features), BATCH):
-        yield [torch.stack(layer) for layer in zip(*features[start : start + BATCH], strict=True)]
+class Seen(NamedTuple):
+    """B images of one size: pixels, features, and where to look.
+
+    ``images`` are ``(B, 3, H, W)``, ``features`` of each layer ``(B, C, h, w)``; ``inside`` ``(B, 1, H, W)`` is the
+    region of interest, or ``None`` for all of the image. ``folds`` are those that the images are in, of ``FOLDS``.
+    """
+
+    images: Tensor
+    features: list[Tensor]
+    inside: Tensor | None = None
+    folds: Sequence[int] = ()
+
+    def weights(self, layer: int) -> Tensor:
+        """Return how much of each position of a layer is to be looked at, ``(B, h, w)``."""
+        features = self.features[layer]
+        if self.inside is None:
+            return torch.ones_like(features[:, 0])
+        return cover(self.inside, features.shape[-2:])[:, 0].to(features)
 
 
-class Fold(NamedTuple):
-    """Some of the sampled images: features of each, of each layer ``(C, h, w)``, and paths."""
+class Kept(NamedTuple):
+    """A sampled image, as in :class:`Seen` but without the first dimension, and its path, or ``""``."""
 
-    features: list[list[Tensor]]
-    paths: list[str]
+    image: Tensor
+    features: list[Tensor]
+    inside: Tensor | None
+    path: str
+    fold: int
+
+
+def in_one_pass(size: Sequence[int]) -> int:
+    """Return how many images of a height and width the backbone takes at once, in bounded memory."""
+    return max(1, PIXELS // (size[0] * size[1]))
+
+
+def batches(kept: Sequence[Kept]) -> Iterator[Seen]:
+    """Give sampled images in batches of one size, in order."""
+    for shape, group in groupby(kept, key=lambda one: one.image.shape):
+        same = list(group)
+        most = min(BATCH, in_one_pass(shape[1:]))
+        for start in range(0, len(same), most):
+            images, features, inside, _, folds = zip(*same[start : start + most], strict=True)
+            layers = [torch.stack(layer) for layer in zip(*features, strict=True)]
+            yield Seen(torch.stack(images), layers, None if inside[0] is None else torch.stack(inside), folds)
+
+
+def in_passes(images: Tensor, inside: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Split images ``(B, 3, H, W)``, and where to look in them, into what the backbone takes at once."""
+    count = in_one_pass(images.shape[-2:])
+    parts = images.split(count)
+    return list(zip(parts, [None] * len(parts) if inside is None else inside.split(count), strict=True))
 
 
 class Half:
@@ -38,30 +81,18 @@ class Half:
         self.number = number
         self.count = 0
         self.moments: list[Moments] = []  # of each layer, of every position or of all together
-        self.images: list[Tensor] = []  # (3, H, W)
-        self.features: list[list[Tensor]] = []  # of the same images, of each layer (C, h, w)
-        self.paths: list[str] = []  # likewise, or ""
+        self.kept: list[Kept] = []
 
-    def keep(self, image: Tensor, features: list[Tensor], path: str, most: int, generator: Generator) -> None:
+    def keep(
+        self, image: Tensor, features: list[Tensor], inside: Tensor | None, path: str, most: int, generator: Generator
+    ) -> None:
         """Sample an image, all having the same chance (reservoir sampling, algorithm R)."""
         self.count += 1
-        if len(self.images) < most:
-            self.images.append(image)
-            self.features.append(features)
-            self.paths.append(path)
-            return
-        place = int(torch.randint(self.count, (), generator=generator))
+        full = len(self.kept) >= most
+        place = int(torch.randint(self.count, (), generator=generator)) if full else len(self.kept)
         if place < most:
-            self.images[place], self.features[place], self.paths[place] = image, features, path
-
-    @property
-    def folds(self) -> list[int]:
-        """The fold that every sampled image is in, of ``FOLDS``."""
-        return [(2 * place + self.number) % FOLDS for place in range(len(self.paths))]
-
-    def feature_batches(self) -> Iterator[list[Tensor]]:
-        """Give the features of the sampled images, of each layer ``(B, C, h, w)``."""
-        return batches(self.features)
+            fold = (2 * place + self.number) % FOLDS
+            self.kept[place : place + 1] = [Kept(image, features, inside, path, fold)]
 
 
 class TrainingSample:
@@ -70,42 +101,62 @@ class TrainingSample:
     Args:
         memory_budget: Most bytes to keep.
         generator: Decides the sample.
+        has_positions: Whether positions are alike in all images, so that there may be moments of each.
     """
 
-    def __init__(self, memory_budget: int, generator: Generator) -> None:
+    def __init__(self, memory_budget: int, generator: Generator, *, has_positions: bool = True) -> None:
         self.room = memory_budget
         self.generator = generator
         self.halves = Half(0), Half(1)
         self.most = 0  # images to a half
-        self.has_positions = True  # whether there are moments of every position
+        self.has_positions = has_positions
 
-    def begin(self, image: Tensor, features: Sequence[Tensor]) -> None:
-        """Decide what fits the memory, by one image ``(3, H, W)`` and its features ``(C, h, w)``."""
+    def begin(self, features: Sequence[Tensor]) -> None:
+        """Decide whether moments of every position fit the memory, by the features of an image ``(C, h, w)``."""
         needed = sum(2 * 8 * f.shape[1] * f.shape[2] * f.shape[0] ** 2 for f in features)
-        self.has_positions = 2 * needed <= self.room
-        if self.has_positions:
-            self.room -= needed
-        else:
+        if self.has_positions and 2 * needed > self.room:
+            self.has_positions = False
             rank_zero_info(
                 f"Covariances for every position would take {needed / 2**20:.0f} MiB, more than half of memory_budget: "
                 "all positions get one."
             )
-        self.most = max(FEWEST_KEPT // 2, self.room // (2 * (image.nbytes + sum(f.nbytes for f in features))))
+        if self.has_positions:
+            self.room -= needed
         for half in self.halves:
             half.moments = [Moments(f.shape[0], f.shape[1:] if self.has_positions else (), f.device) for f in features]
 
-    def add(self, images: Tensor, features: Sequence[Tensor], paths: Sequence[str] | None = None) -> None:
-        """Add images ``(B, 3, H, W)``, all of one size, and their features, of each layer ``(B, C, h, w)``."""
-        if not self.most:
-            self.begin(images[0], [f[0] for f in features])
+    def limit(self, image_bytes: int) -> None:
+        """Keep no more images than there is room for, if all had so many bytes."""
+        most = max(FEWEST_KEPT // 2, self.room // (2 * image_bytes))
+        self.most = min(self.most, most) if self.most else most
+        for half in self.halves:
+            del half.kept[self.most :]
+
+    def add(
+        self,
+        images: Tensor,
+        features: Sequence[Tensor],
+        paths: Sequence[str] | None = None,
+        inside: Tensor | None = None,
+    ) -> None:
+        """Add images ``(B, 3, H, W)`` and their features, of each layer ``(B, C, h, w)``.
+
+        ``inside`` ``(B, 1, H, W)`` says where to look; images of different calls may have different sizes if positions
+        are not alike.
+        """
+        if not self.count:
+            self.begin([f[0] for f in features])
+        self.limit(sum(values.nbytes for values in (images, *features)) // len(images))
+        seen = Seen(images, list(features), inside)
         turn = self.count % 2  # halves take turns, also over batches
         for half, rows in zip(self.halves, (slice(turn, None, 2), slice(1 - turn, None, 2)), strict=True):
-            for moments, f in zip(half.moments, features, strict=True):
-                moments.add_maps(f[rows])
+            for layer, (moments, f) in enumerate(zip(half.moments, features, strict=True)):
+                moments.add_maps(f[rows], None if inside is None else seen.weights(layer)[rows])
             names = paths[rows] if paths else [""] * len(images[rows])
-            for path, *kept in zip(names, images[rows], *(f[rows] for f in features), strict=True):
+            regions = [None] * len(names) if inside is None else inside[rows]
+            for path, region, *kept in zip(names, regions, images[rows], *(f[rows] for f in features), strict=True):
                 image, *of_image = (values.clone() for values in kept)  # a view would keep the whole batch in memory
-                half.keep(image, of_image, path, self.most, self.generator)
+                half.keep(image, of_image, region, path, self.most, self.generator)
 
     @property
     def count(self) -> int:
@@ -118,21 +169,12 @@ class TrainingSample:
         With several processes the moments are those of all, the images those of the first.
         """
         images = sum(float(half.moments[0].weight.max()) for half in self.halves)
-        return self.has_positions and images >= fewest and all(half.images for half in self.halves)
+        return self.has_positions and images >= fewest and all(half.kept for half in self.halves)
 
     @property
-    def kept(self) -> list[Tensor]:
-        """The sampled images of both halves, ``(3, H, W)`` each."""
-        return [image for half in self.halves for image in half.images]
-
-    def folds(self) -> list[Fold]:
-        """Return the sampled images, in folds for cross-validation."""
-        folds = [Fold([], []) for _ in range(FOLDS)]
-        for half in self.halves:
-            for number, features, path in zip(half.folds, half.features, half.paths, strict=True):
-                folds[number].features.append(features)
-                folds[number].paths.append(path)
-        return folds
+    def kept(self) -> list[Kept]:
+        """The sampled images of both halves."""
+        return [one for half in self.halves for one in half.kept]
 
     def sum_over_processes(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Add up the sums of several processes, by a function that sums a tensor over them; samples stay their own."""

@@ -14,12 +14,14 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_number, check_scorable
+from ..checks import check_fitted, check_large_enough, check_number, check_same_size
 from ..features import FrozenBackbone, fuse, pool, resize
 
 FINEST = 8  # stride of the finest map; finer layers are pooled to it
 REGISTER = 16  # numbers that processors multiply at once
-SCORED = 0.005  # share of the positions that an image's score is the mean of
+POSITIONS = 200  # of so many, an image's score is the highest; of more, the mean of the highest half per cent
+HALF = 0.5  # of what a position is resized from
+INSIDE = 1 - 1e-3  # of what a pixel is resized from, to count as inside a region of interest
 
 
 def smooth(maps: Tensor) -> Tensor:
@@ -28,10 +30,54 @@ def smooth(maps: Tensor) -> Tensor:
     return F.avg_pool2d(between, 2, stride=1)
 
 
-def image_score(joint: Tensor) -> Tensor:
-    """Return the images' scores ``(B,)``: the mean of the largest half per cent of maps ``(B, 1, H, W)``."""
+def cover(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """Return how much of each position of a grid masks ``(B, 1, H, W)`` cover, in [0, 1], ``(B, 1, *size)``."""
+    masks = masks if masks.is_floating_point() else masks.float()
+    return F.adaptive_avg_pool2d(masks, (size[0], size[1]))
+
+
+def image_score(joint: Tensor, inside: Tensor | None = None) -> Tensor:
+    """Return the images' scores ``(B,)``: the mean of the largest half per cent of maps ``(B, 1, H, W)``.
+
+    Of the positions that are ``inside``, ``(B, 1, H, W)`` or ``(1, 1, H, W)``, or of all.
+    """
     values = joint.flatten(1)
-    return values.topk(max(1, round(SCORED * values.shape[1])), dim=1).values.mean(dim=1)
+    number = values.shape[1]
+    if inside is None:
+        # torch's own maximum and whole numbers: the size may be left open in an exported graph
+        count: int = torch.sym_max(1, (number + POSITIONS // 2) // POSITIONS)  # type: ignore[assignment]
+        return values.topk(count, dim=1).values.mean(dim=1)
+    counted = inside.flatten(1)
+    taken = ((counted.sum(dim=1, keepdim=True) + POSITIONS // 2) // POSITIONS).clamp(min=1)
+    ordered = (values * counted).sort(dim=1, descending=True).values
+    return (ordered * (torch.arange(number, device=joint.device) < taken)).sum(dim=1) / taken.squeeze(1)
+
+
+def positions_inside(inside: Tensor, size: Sequence[int]) -> Tensor:
+    """Return which positions of a grid are inside a region of interest ``(B, 1, H, W)``, by half: ``(B, 1, *size)``.
+
+    Raises:
+        ValueError: If none is, in one of the images; an exported graph cannot.
+    """
+    positions = resize(inside.float(), size) >= HALF
+    if not torch.compiler.is_compiling() and not positions.flatten(1).any(dim=1).all():
+        msg = (
+            f"the region of interest (roi) is too narrow: of no position, which are {tuple(size)} in an image of "
+            f"{tuple(inside.shape[-2:])} pixels, is half inside; make it wider, or image_size larger"
+        )
+        raise ValueError(msg)
+    return positions
+
+
+def from_border(length: int, known: int, device: torch.device | None = None) -> Tensor:
+    """Return for each of ``length`` positions in a row which one of ``known`` is as far from the nearer border.
+
+    Those in the middle of a longer row are like the middle of the known one; of as many, each is itself.
+    """
+    before = torch.arange(length, device=device)
+    after = length - 1 - before
+    middle = (known - 1) // 2
+    return torch.where(before <= after, before.clamp(max=middle), known - 1 - after.clamp(max=middle))
 
 
 def geometric_mean(maps: Tensor, weights: Tensor) -> Tensor:
@@ -54,7 +100,8 @@ class GaussianMap(DynamicBufferMixin):
 
     All that it has is in buffers, NaN until it is fitted: ``mean`` ``(C,)`` and ``directions`` ``(C, D)`` lead to the
     embedding; ``roots``, ``(D, D)`` for all positions or ``(h, w, D, D)``, to coordinates whose length is the
-    distance; ``scale`` ``(h, w)`` makes about 1 of its mean over defect-free images.
+    distance; ``scale`` ``(h, w)`` makes about 1 of its mean over defect-free images. With roots for all positions,
+    features may have another height and width: see :func:`from_border`.
 
     Args:
         channels: C, of the layer.
@@ -73,6 +120,11 @@ class GaussianMap(DynamicBufferMixin):
         self.register_buffer("roots", torch.full((dim, dim), torch.nan))
         self.register_buffer("scale", torch.full((1, 1), torch.nan))
 
+    @property
+    def has_positions(self) -> bool:
+        """Whether every position has its own covariance."""
+        return self.roots.dim() > 2
+
     def set(self, name: str, values: Tensor) -> None:
         """Give a buffer other values, of any shape."""
         self.get_buffer(name).resize_(values.shape).copy_(values)
@@ -87,14 +139,20 @@ class GaussianMap(DynamicBufferMixin):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return distances ``(B, 1, h, w)``, about 1 on average, of features ``(B, C, h, w)``."""
-        return self.distances(features) * self.scale
+        scale = self.scale
+        if not self.has_positions:
+            for axis in (0, 1):
+                places = from_border(features.shape[axis + 2], scale.shape[axis], scale.device)
+                scale = scale.index_select(axis, places)
+        return self.distances(features) * scale
 
 
 class CseGaussianModel(DynamicBufferMixin):
     """Score images by distances from Gaussians of defect-free features, a map to a layer; needs no Trainer.
 
-    ``forward`` changes nothing; what it uses is in ``state_dict``: the backbone, the maps, ``layer_weights`` and
-    ``image_size``. The weights are NaN until all is fitted.
+    ``forward`` changes nothing; what it uses is in ``state_dict``: the backbone, the maps, ``layer_weights``,
+    ``image_size`` and ``roi``. The weights are NaN until all is fitted. ``roi`` ``(H, W)``, empty unless there is one,
+    is true where to look; it is resized to images of other sizes.
 
     Args:
         backbone, layers, pre_trained, weights: See :class:`~anomalib_cse.features.FrozenBackbone`. Layers of a stride
@@ -108,6 +166,7 @@ class CseGaussianModel(DynamicBufferMixin):
     maps: Sequence[GaussianMap]
     layer_weights: Tensor
     image_size: Tensor
+    roi: Tensor
 
     def __init__(
         self,
@@ -124,14 +183,33 @@ class CseGaussianModel(DynamicBufferMixin):
         self.maps = nn.ModuleList(maps)  # type: ignore[assignment]
         self.register_buffer("layer_weights", torch.full((1, len(self.maps), 1, 1), torch.nan))
         self.register_buffer("image_size", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("roi", torch.zeros(0, 0, dtype=torch.bool))
 
     @property
     def is_fitted(self) -> bool:
         """Whether the model can score."""
         return not bool(self.layer_weights.isnan().any())
 
-    def smoothed_features(self, images: Tensor) -> list[Tensor]:
-        """Return the features that the maps are of, of each layer ``(B, C, h, w)``, for images ``(B, 3, H, W)``."""
+    def inside(self, size: Sequence[int]) -> Tensor | None:
+        """Return where to look in images of a height and width, ``(1, 1, H, W)``; ``None`` for all of them."""
+        if not self.roi.numel():
+            return None
+        roi = self.roi[None, None]
+        if all(isinstance(length, int) for length in size) and tuple(size) == tuple(self.roi.shape):
+            return roi
+        return resize(roi.float(), size) >= INSIDE
+
+    def blanked(self, images: Tensor, inside: Tensor) -> Tensor:
+        """Return images that have the colour outside that the backbone takes for the mean, whatever they show there."""
+        return torch.where(inside, images, self.backbone.mean.to(images))
+
+    def smoothed_features(self, images: Tensor, inside: Tensor | None = None) -> list[Tensor]:
+        """Return the features that the maps are of, of each layer ``(B, C, h, w)``, for images ``(B, 3, H, W)``.
+
+        What is not ``inside`` is left out: see :meth:`blanked`.
+        """
+        if inside is not None:
+            images = self.blanked(images, inside)
         factors = [max(1, FINEST // stride) for stride in self.backbone.strides]
         return [smooth(pool(f.float(), factor)) for f, factor in zip(self.backbone(images), factors, strict=True)]
 
@@ -140,21 +218,34 @@ class CseGaussianModel(DynamicBufferMixin):
         maps = [gaussian(f) for gaussian, f in zip(self.maps, features, strict=True)]
         return geometric_mean(fuse(maps), self.layer_weights)
 
-    def score(self, features: Sequence[Tensor], size: Sequence[int]) -> InferenceBatch:
-        """Score smoothed features of images of a height and width."""
+    def score(self, features: Sequence[Tensor], size: Sequence[int], inside: Tensor | None = None) -> InferenceBatch:
+        """Score smoothed features of images of a height and width, where they are ``inside``."""
         joint = self.joint_distances(features)
-        return InferenceBatch(pred_score=image_score(joint), anomaly_map=resize(joint, size))
+        anomaly_map = resize(joint, size)
+        if inside is None:
+            return InferenceBatch(pred_score=image_score(joint), anomaly_map=anomaly_map)
+        at_positions = positions_inside(inside, joint.shape[-2:])
+        return InferenceBatch(pred_score=image_score(joint, at_positions), anomaly_map=anomaly_map * inside)
 
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images ``(B, 3, H, W)`` in [0, 1], of the size of the training images.
+    def forward(self, images: Tensor, inside: Tensor | None = None) -> InferenceBatch:
+        """Score images ``(B, 3, H, W)`` in [0, 1], of any size, or if positions differ of the training images' size.
+
+        Args:
+            images: The images.
+            inside: Where to look, ``(B, 1, H, W)`` of truth values; ``None`` is where ``roi`` says.
 
         Returns:
-            ``anomaly_map`` ``(B, 1, H, W)``: the geometric mean of all maps, about 1 for defect-free images;
+            ``anomaly_map`` ``(B, 1, H, W)``: the geometric mean of all maps, about 1 for defect-free images, 0 outside;
             ``pred_score`` ``(B,)``: the mean of its largest half per cent, before it is upsampled. Both in [0, inf).
 
         Raises:
             RuntimeError: If the maps have not been fitted.
-            ValueError: If the images are of another size.
+            ValueError: If the images are of a wrong size.
         """
-        check_scorable(self, images)
-        return self.score(self.smoothed_features(images), images.shape[-2:])
+        check_fitted(self)
+        if self.maps[0].has_positions:
+            check_same_size(images, self.image_size)
+        else:
+            check_large_enough(images, self.backbone.stride)
+        inside = self.inside(images.shape[-2:]) if inside is None else inside
+        return self.score(self.smoothed_features(images, inside), images.shape[-2:], inside)

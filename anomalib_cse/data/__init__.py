@@ -2,6 +2,6 @@
 
 from .datamodules import MVTec
 from .demo import SurfaceDemo
-from .image_check import ImageCheck, check_files
+from .image_check import ImageCheck, check_files, samples_of
 
-__all__ = ["ImageCheck", "MVTec", "SurfaceDemo", "check_files"]
+__all__ = ["ImageCheck", "MVTec", "SurfaceDemo", "check_files", "samples_of"]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import Resize
 
 from ..checks import and_others, check_pixels, read_rgb, warn_of_files
-from .look import Sample, look
+from .look import Sample, headers_of, look
 
 NAMED = 5  # files that are wrong: more would bury the message
 
@@ -108,6 +108,27 @@ def check_batch(batch: object) -> None:
     check_pixels(cast(Tensor, batch.image), batch.image_path)
 
 
+def check_batches(loaders: object, model: LightningModule) -> None:
+    """Raise a ``ValueError`` if a model takes images as they are, and batches would have them of several sizes.
+
+    anomalib would stretch all of a batch to the size of the largest, without a word.
+    """
+    if getattr(model, "image_size", ()) is not None:
+        return
+    for loader in CombinedLoader(loaders).flattened if loaders is not None else ():
+        batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+        headers = headers_of(sample.image for sample in samples_of(getattr(loader, "dataset", None)))[0]
+        sizes = sorted({(header.width, header.height) for header in headers})
+        if len(sizes) > 1 and batch_size != 1:
+            (width, height), (other_width, other_height) = sizes[0], sizes[-1]
+            msg = (
+                f"images have several sizes ({width}x{height}, {other_width}x{other_height}, ...), so each needs a "
+                f"batch of its own, not of {batch_size}: set train_batch_size and eval_batch_size to 1, or give the "
+                "model an image_size"
+            )
+            raise ValueError(msg)
+
+
 class ImageCheck(Callback):
     """Name files that cannot be read, those for validation before training, and images that are none.
 
@@ -159,20 +180,24 @@ class ImageCheck(Callback):
         if found.summary:
             rank_zero_info(found.summary)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that no batch would have images of several sizes."""
+        check_batches(trainer.train_dataloader, pl_module)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the validation images, where no fit has."""
-        del pl_module
+        check_batches(trainer.val_dataloaders, pl_module)
         if trainer.state.fn == TrainerFn.VALIDATING:
             warn_of_loaded(trainer.val_dataloaders)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the test images."""
-        del pl_module
+        check_batches(trainer.test_dataloaders, pl_module)
         warn_of_loaded(trainer.test_dataloaders)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the images."""
-        del pl_module
+        check_batches(trainer.predict_dataloaders, pl_module)
         warn_of_loaded(trainer.predict_dataloaders)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -60,9 +60,12 @@ class Look(NamedTuple):
 
 
 def look(
-    training: Sequence[Sample], validation: Sequence[Sample], test: Sequence[Sample], size: Sequence[int] = ()
+    training: Sequence[Sample],
+    validation: Sequence[Sample],
+    test: Sequence[Sample],
+    size: Sequence[int] | None = None,
 ) -> Look:
-    """Look at images, which are resized to a height and width if ``size`` says so; decode no more than a few."""
+    """Look at images, which are resized to a height and width, ``()`` if they are not; decode no more than a few."""
     parts = {"training": list(dict.fromkeys(training)), "evaluation": list(dict.fromkeys((*validation, *test)))}
     if not any(parts.values()):
         return Look("", [], [])
@@ -208,12 +211,12 @@ def squeeze(header: Header, size: Sequence[int]) -> float:
     return max(ratio, 1 / ratio)
 
 
-def mixtures(headers: Sequence[Header], size: Sequence[int]) -> list[str]:
+def mixtures(headers: Sequence[Header], size: Sequence[int] | None) -> list[str]:
     """Return what may be wrong with images of several kinds, or of other proportions than they are resized to."""
     warnings = []
     order = sorted(headers, key=lambda header: header.width / header.height)
     worst = max(headers, key=lambda header: squeeze(header, size), default=None) if size else None
-    if worst and squeeze(worst, size) > SQUEEZED:
+    if size and worst and squeeze(worst, size) > SQUEEZED:
         side = (size[0] * size[1] / (worst.width * worst.height)) ** 0.5  # as many pixels as now
         better = tuple(max(32, 32 * round(side * pixels / 32)) for pixels in (worst.height, worst.width))
         warnings.append(
@@ -221,7 +224,8 @@ def mixtures(headers: Sequence[Header], size: Sequence[int]) -> list[str]:
             f"one side is shortened {squeeze(worst, size):.2g} times more than the other: give image_size the "
             f"proportions of the images, such as {better} (height, width)"
         )
-    if order and order[-1].width * order[0].height > ASPECTS * order[0].width * order[-1].height:
+    is_resized = size is None or bool(size)
+    if is_resized and order and order[-1].width * order[0].height > ASPECTS * order[0].width * order[-1].height:
         narrow, wide = order[0], order[-1]
         warnings.append(
             f"images are resized to one shape, which distorts them differently: {narrow.path} has "

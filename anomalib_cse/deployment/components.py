@@ -28,7 +28,8 @@ class ComponentsMixin(LightningModule):
     pre_processor: nn.Module | None
     post_processor: nn.Module | None
     report: bool  # whether a test or prediction ends with a page of what it found
-    image_size: tuple[int, int]  # height and width of what the pre-processor leaves of any image
+    image_size: tuple[int, int] | None  # height and width of what the pre-processor leaves of any image; None: any
+    takes_any_size = False  # whether images may differ in size
 
     @property
     def backbone(self) -> FrozenBackbone:
@@ -79,9 +80,17 @@ class ComponentsMixin(LightningModule):
         """
         check_flag("report", plain(self.report))
         self.image_size = fixed_size(self.pre_processor)
-        transform = cast(nn.Module, getattr(self.pre_processor, "transform", None))  # without one, sizes vary
-        check_keeps_range(transform, "the pre_processor's transform")
-        name = "center_crop_size" if self.hparams["center_crop_size"] else "image_size"
-        check_size(name, self.image_size, self.backbone.stride, ", the stride of the coarsest layer")
+        transform = getattr(self.pre_processor, "transform", None)
+        if self.image_size is None and not self.takes_any_size:
+            msg = (
+                "the model needs all images in one size: give image_size, or a pre_processor that resizes to "
+                f"Resize((height, width)); got the transform {transform}"
+            )
+            raise ValueError(msg)
+        if transform is not None:
+            check_keeps_range(transform, "the pre_processor's transform")
+        if self.image_size is not None:
+            name = "center_crop_size" if self.hparams["center_crop_size"] else "image_size"
+            check_size(name, self.image_size, self.backbone.stride, ", the stride of the coarsest layer")
         if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform:
             self.pre_processor.export_transform = exact(self.pre_processor.transform)

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.deploy import CompressionType
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import check_files
 from ..features import resize
@@ -17,8 +18,32 @@ if TYPE_CHECKING:  # optional packages
     from nncf import IgnoredScope
     from openvino import Model
 
+EXAMPLE = 320, 448  # pixels in height and width of what is traced: no side, nor that of a feature map, is special
 CONSTANT = {"Parameter", "Const"}
 CONVOLUTIONS = {"Convolution", "GroupConvolution"}
+
+
+def export_any_size(model: nn.Module, path: Path, **options: Any) -> Path:
+    """Export a model that takes images ``(B, 3, H, W)`` of any size to ONNX.
+
+    anomalib's own export traces images of 2x2 pixels, whose features have one position: what it then writes holds for
+    these alone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = torch.zeros(2, 3, *EXAMPLE, device=next(model.parameters()).device)
+    found = model.eval()(images)._asdict()
+    size = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)  # a named one is to be proven free for all sizes, even 1
+    torch.onnx.export(
+        model,
+        (images,),
+        path,
+        input_names=["input"],
+        output_names=[name for name, value in found.items() if value is not None],
+        dynamic_shapes=(size,),
+        dynamo=True,
+        **options,
+    )
+    return path
 
 
 def check_compression(kind: CompressionType | None, datamodule: AnomalibDataModule | None) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..checks import Fittable, plain
 from .checkpoints import WholeCheckpointIO, check_checkpoint
 from .components import ComponentsMixin
-from .export import check_compression, compress, keep_single_precision, note_good_scores
+from .export import check_compression, compress, export_any_size, keep_single_precision, note_good_scores
 from .good_scores import UnseenScores
 from .post_processing import MidwayPostProcessor, check_settings
 from .pre_processing import (
@@ -258,6 +258,10 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         options = {"opset_version": 18, "external_data": False, **kwargs}
         own = self.post_processor
         with own.labels_as_there_are() if isinstance(own, MidwayPostProcessor) else nullcontext():
+            if self.image_size is None and input_size is None:
+                return export_any_size(
+                    self, Path(export_root) / "weights" / "onnx" / f"{model_file_name}.onnx", **options
+                )
             return super().to_onnx(export_root, model_file_name, input_size, **options)
 
     def to_openvino(  # type: ignore[override]

@@ -184,6 +184,9 @@ def check_transform(checkpoint: dict[str, Any], pre_processor: nn.Module | None)
         ValueError: If it computes something else.
     """
     kept, saved = checkpoint.get(CONFIG), checkpoint.get(TRANSFORM)
+    if kept and pre_processor is None:
+        msg = "the checkpoint has a pre-processor, and the model was given none: leave pre_processor=False out"
+        raise ValueError(msg)
     if not kept or not saved or kept.get("transform", ...) is not None:
         return
     transform = getattr(pre_processor, "transform", None)
@@ -197,15 +200,9 @@ def check_transform(checkpoint: dict[str, Any], pre_processor: nn.Module | None)
     del checkpoint[CONFIG]
 
 
-def fixed_size(pre_processor: nn.Module | None) -> tuple[int, int]:
-    """Return the height and width of whatever a pre-processor is given, or raise a ``ValueError`` if they vary."""
+def fixed_size(pre_processor: nn.Module | None) -> tuple[int, int] | None:
+    """Return the height and width of whatever a pre-processor is given, or ``None`` if they vary."""
     transform = getattr(pre_processor, "transform", None)
     samples = [torch.zeros(1, 3, *size) for size in ((600, 800), (1000, 700))]
     sizes = {tuple((transform(sample) if transform else sample).shape[-2:]) for sample in samples}
-    if len(sizes) != 1:
-        msg = (
-            "the model needs all images in one size: give image_size, or a pre_processor that resizes to "
-            f"Resize((height, width)); got the transform {transform}"
-        )
-        raise ValueError(msg)
-    return sizes.pop()
+    return sizes.pop() if len(sizes) == 1 else None

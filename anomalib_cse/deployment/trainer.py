@@ -1,6 +1,6 @@
 """What of a trainer the models work with: its arguments, the callbacks in it, and the data that it brings."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 from anomalib import TaskType
@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..checks import OVERSHOOT
+from ..data import samples_of
 from .post_processing import MidwayPostProcessor
 from .pre_processing import check_keeps_range
 
@@ -109,6 +110,13 @@ def check_images(trainer: Trainer) -> None:
         raise ValueError(msg)
     if trainer.limit_val_batches and len(data.val_data) == 1:
         rank_zero_warn("there is one validation image: normalised by it, scores are 0 or 1")
+
+
+def image_files(trainer: Trainer) -> Iterator[str]:
+    """Give the files of all images that a trainer's datamodule has."""
+    data = getattr(trainer, "datamodule", None)
+    for name in ("train_data", "val_data", "test_data"):
+        yield from (sample.image for sample in samples_of(getattr(data, name, None)))
 
 
 def check_metrics(trainer: Trainer, evaluator: Evaluator | None, post_processor: object, stage: str) -> None:

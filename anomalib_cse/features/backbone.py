@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
-from timm.layers import Format
+from timm.layers import Conv2dSame, Format
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..checks import check_flag, check_pixels
 from .weights import (
@@ -30,7 +31,8 @@ class FrozenBackbone(nn.Module):
     """Deep features of a pretrained convolutional network that never trains (Section 3.2).
 
     Parameters take no gradient and the module stays in evaluation mode, so that BatchNorm does not move either. Images
-    are normalised here, with the mean and deviation of the backbone's own timm configuration.
+    are normalised here, with the mean and deviation of the backbone's own timm configuration. For networks that came
+    from TensorFlow they are filled up to multiples of the coarsest layer's stride by their last row and column.
 
     Args:
         name: A timm model name, ``local-dir:FOLDER``, or ``pypi:tf_efficientnet_lite0``.
@@ -66,6 +68,7 @@ class FrozenBackbone(nn.Module):
             file = existing(weights or weights_in(name))
             load_weights(self.net, read_weights(file), file)
         truncate(self.net)
+        self.fills = fix_padding(self.net)
         self.net.to(memory_format=torch.channels_last)  # what convolutions on a CPU prefer
         self.architecture: str = self.net.pretrained_cfg["architecture"]  # type: ignore[assignment, index]
         self.strides: list[int] = self.net.feature_info.reduction()
@@ -93,6 +96,8 @@ class FrozenBackbone(nn.Module):
             ValueError: If that is not what the images are.
         """
         check_pixels(images)
+        if self.fills:
+            images = filled_up(images, self.stride)
         return self.net((images - self.mean) / self.std)
 
 
@@ -109,6 +114,45 @@ def check_sources(name: str, pre_trained: bool, weights: str | Path | None) -> N
     if name == PYPI_BACKBONE:
         msg = f"weights={str(weights)!r} with backbone={name!r}: two sources of weights, give one"
         raise ValueError(msg)
+
+
+def filled_up(images: Tensor, stride: int) -> Tensor:
+    """Repeat the last row and column of images ``(B, C, H, W)`` until the sides are multiples of a stride."""
+    for axis in (-2, -1):
+        length = images.shape[axis]
+        whole = (length + stride - 1) // stride * stride
+        if not (isinstance(whole, int) and whole == length):  # an exported graph may leave the size open
+            # a choice of pixels: what pads them OpenVINO may round, whatever its file says
+            images = images.index_select(axis, torch.arange(whole, device=images.device).clamp(max=length - 1))
+    return images
+
+
+class EvenConv2d(nn.Conv2d):
+    """A convolution with the padding that TensorFlow chooses for images whose sides are multiples of the stride."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the convolution of ``(B, C, H, W)``."""
+        extents = [d * (k - 1) + 1 - s for k, s, d in zip(self.kernel_size, self.stride, self.dilation, strict=True)]
+        rows, columns = (max(0, extent) for extent in extents)
+        images = F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return F.conv2d(images, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def fix_padding(net: nn.Module) -> bool:
+    """Have a network that came from TensorFlow pad all images alike; return whether it did not.
+
+    Such a network pads by what is left when its strides divide a side, which makes of an export for images of any size
+    a formula of formulas that takes many minutes to write. Images whose sides are multiples of all strides it pads as
+    before, so those of other sizes have to be filled up.
+    """
+    found = {name: module for name, module in net.named_modules() if isinstance(module, Conv2dSame)}
+    for name, same in found.items():
+        arguments = (same.in_channels, same.out_channels, same.kernel_size, same.stride)
+        even = EvenConv2d(*arguments, dilation=same.dilation, groups=same.groups, bias=same.bias is not None)  # type: ignore[arg-type]
+        even.weight, even.bias = same.weight, same.bias
+        parent, _, own = name.rpartition(".")
+        setattr(net.get_submodule(parent), own, even)
+    return bool(found)
 
 
 def truncate(net: nn.Module) -> None:

@@ -4,16 +4,43 @@ import heapq
 from io import BytesIO
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 
 MOST = 1000  # of 5 kB each: a browser has no trouble with these
 IMAGE_SIDE, MAP_SIDE = 160, 80  # most pixels; maps are smooth
+STRIP = 3  # times as long as wide: such images are folded
+STRIP_SIDE = 320  # most pixels of these
 COLOURS = colormaps["inferno"]  # also in grey, brighter is more
 
 Kept = tuple[float, int, bytes, bytes]  # closeness to the threshold, minus the image's number, image, map or nothing
+
+
+def is_strip(values: Tensor) -> bool:
+    """Whether images ``(..., H, W)`` are much longer than wide, or wider than long."""
+    height, width = values.shape[-2:]
+    return max(height, width) >= STRIP * min(height, width)
+
+
+def folded(values: Tensor, gap: float) -> Tensor:
+    """Cut strips ``(..., H, W)`` into parts below one another, or if they are high beside one another, nearly square.
+
+    What is not much longer than wide stays as it is. The value of the ``gap`` lies between the parts and after the end.
+    """
+    height, width = values.shape[-2:]
+    if not is_strip(values):
+        return values
+    if height > width:
+        return folded(values.mT, gap).mT
+    parts = round((width / height) ** 0.5)
+    between = max(1, height // 32)
+    long = -(-width // parts)
+    padded = F.pad(values, (0, parts * long - width, 0, between), value=gap)
+    return torch.cat(padded.split(long, dim=-1), dim=-2)[..., :-between, :]
 
 
 class Pictures:
@@ -35,15 +62,18 @@ class Pictures:
         if full and rank < self.kept[0][:2]:
             return
         drawn = b"" if anomaly_map is None else self.draw(anomaly_map)
-        entry = (*rank, webp(to_pil_image(image.float().clamp(0, 1).cpu()), IMAGE_SIDE), drawn)
+        shown = folded(image.float().clamp(0, 1).cpu(), gap=1)
+        side = STRIP_SIDE if is_strip(image) else IMAGE_SIDE
+        entry = (*rank, webp(to_pil_image(shown), side), drawn)
         (heapq.heapreplace if full else heapq.heappush)(self.kept, entry)
 
     def draw(self, anomaly_map: Tensor) -> bytes:
         """Return a map ``(H, W)`` in colours."""
-        values = anomaly_map.float().cpu().numpy()
+        values = folded(anomaly_map.float().cpu(), gap=float(anomaly_map.min())).numpy()
         if not self.normalised:
             values = (values - values.min()) / (np.ptp(values) or 1)
-        return webp(Image.fromarray(COLOURS(values, bytes=True)).convert("RGB"), MAP_SIDE)
+        side = STRIP_SIDE if is_strip(anomaly_map) else MAP_SIDE
+        return webp(Image.fromarray(COLOURS(values, bytes=True)).convert("RGB"), side)
 
 
 def nearest(shares: list[list[Kept]]) -> list[Kept]:

@@ -1,0 +1,59 @@
+"""Training images with synthetic defects, and the moments of these."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from ..synthesis import AnomalySynthesis, generator_for
+from .moments import Moments
+from .sample import BATCH, FOLDS, Half, batches, in_one_pass
+from .torch_model import CseGaussianModel, cover
+
+DRAWN, DEFECTS = 10, 11  # set apart the random numbers that one seed gives
+
+
+class Corrupted(NamedTuple):
+    """B images with synthetic defects: features of each layer, the defects' masks ``(B, 1, H, W)``, and as in Seen."""
+
+    features: list[Tensor]
+    masks: Tensor
+    inside: Tensor | None
+    folds: Sequence[int]
+
+
+def draw(count: int, images: int, *numbers: int) -> list[int]:
+    """Draw so many of the images, none again before all have been drawn; the numbers decide."""
+    generator = generator_for(*numbers)
+    rounds = [torch.randperm(images, generator=generator) for _ in range(-(-count // images))]
+    return torch.cat(rounds)[:count].tolist()
+
+
+def corrupted_features(
+    model: CseGaussianModel, half: Half, synthesis: AnomalySynthesis, count: int, seed: int
+) -> Iterator[Corrupted]:
+    """Give the features of sampled images with synthetic defects, and the defects' masks."""
+    if not half.kept:
+        return
+    drawn = [half.kept[place] for place in draw(count, len(half.kept), seed, DRAWN, half.number)]
+    done = 0
+    passes = -(-count // min(BATCH, in_one_pass(drawn[0].image.shape[1:])))
+    for seen in track(batches(drawn), description="Drawing defects", total=passes):
+        params = synthesis.sample(seen.images.shape, generator_for(seed, DEFECTS, half.number, done))
+        masks = params.mask.to(seen.images.device)
+        features = model.smoothed_features(synthesis.apply(seen.images, params), seen.inside)
+        yield Corrupted(features, masks if seen.inside is None else masks * seen.inside, seen.inside, seen.folds)
+        done += len(seen.images)
+
+
+def defect_moments(corrupted: Iterable[Corrupted], like: Sequence[Moments]) -> list[list[Moments]]:
+    """Return moments of the features of synthetic defects, by fold and layer; those of ``like`` are of these layers."""
+    folds = [[Moments(m.first.shape[-1], device=m.first.device) for m in like] for _ in range(FOLDS)]
+    for drawn in corrupted:
+        for layer, f in enumerate(drawn.features):
+            covered = cover(drawn.masks, f.shape[-2:])
+            for fold, vectors, weights in zip(drawn.folds, f.movedim(1, -1), covered, strict=True):
+                folds[fold][layer].add(vectors.flatten(0, 1), weights.flatten())
+    return folds

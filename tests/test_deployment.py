@@ -110,6 +110,17 @@ def test_checkpoint_brings_its_size_and_levels_along(name, dtd, mvtec_root, tmp_
 
 
 @both_models
+def test_checkpoint_of_another_size_is_refused_if_the_datamodule_has_resized(name, trained, mvtec_root, tmp_path):
+    options = {key: value for key, value in COMMON.items() if key != "image_size"}
+    with pytest.raises(
+        ValueError, match=r"the checkpoint is of images of \(64, 64\) pixels, the model was made for \(2"
+    ):
+        Engine(default_root_dir=tmp_path, **QUIET).test(
+            MODELS[name](**options), datamodule=data_of(mvtec_root), ckpt_path=trained[name][1]
+        )
+
+
+@both_models
 @pytest.mark.parametrize(
     ("argument", "value"), {"image_size": (72, 64), "layers": (1, 3), "embedding_dim": 8}.items(), ids=str
 )

@@ -204,6 +204,18 @@ def test_a_checkpoint_brings_along_that_sizes_differ(native, strips, tmp_path):
     assert {name: batch.pred_score.item() for name, batch in found.items()} == expected
 
 
+def test_a_checkpoint_is_not_scored_with_images_of_another_size(native, trained, strips, dtd, tmp_path):
+    options = {"backbone": "tf_efficientnet_lite0", "layers": (1, 2), "dtd_dir": str(dtd)}
+    sized = CseGaussian(**{**COMMON, **options, "image_size": None})
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    with pytest.raises(
+        ValueError, match=r"the checkpoint is of images of any number of pixels, the model was made for"
+    ):
+        engine.test(sized, datamodule=data_of(strips, 1), ckpt_path=native[1].best_model_path)
+    with pytest.raises(ValueError, match="the checkpoint has a pre-processor, and the model was given none"):
+        predicted(engine, CseGaussian(**NATIVE), strips / "good", ckpt_path=trained["CseGaussian"][1])
+
+
 @pytest.mark.parametrize("stage", ["fit", "test", "predict"])
 def test_images_of_several_sizes_in_one_batch_are_refused(stage, native, strips, dtd, tmp_path):
     model = CseGaussian(**NATIVE, dtd_dir=str(dtd)) if stage == "fit" else native[0]

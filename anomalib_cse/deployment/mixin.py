@@ -39,6 +39,7 @@ from .trainer import (
     check_metrics,
     check_trainer,
     check_validation,
+    has_resizing_data,
     take_out_others,
 )
 
@@ -226,10 +227,12 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         asked_for = self.image_size
         super().on_load_checkpoint(checkpoint)
         self.make_exportable()
-        if self.image_size != asked_for and (self.hparams["image_size"] or self.hparams["center_crop_size"]):
+        is_sized = bool(self.hparams["image_size"] or self.hparams["center_crop_size"])
+        if self.image_size != asked_for and (is_sized or has_resizing_data(self)):
+            saved, own = ("any number of" if size is None else size for size in (self.image_size, asked_for))
             msg = (
-                f"the checkpoint is of images of {self.image_size} pixels, image_size and center_crop_size of the "
-                f"model give {asked_for}: give --model.image_size as in training, or neither"
+                f"the checkpoint is of images of {saved} pixels, the model was made for {own}: give "
+                "--model.image_size, --model.center_crop_size and --model.pre_processor as in training"
             )
             raise ValueError(msg)
 

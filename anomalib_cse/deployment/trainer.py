@@ -112,6 +112,15 @@ def check_images(trainer: Trainer) -> None:
         rank_zero_warn("there is one validation image: normalised by it, scores are 0 or 1")
 
 
+def has_resizing_data(model: LightningModule) -> bool:
+    """Whether a model's trainer has a datamodule of anomalib's: that resizes as the model did when it was made."""
+    try:
+        trainer = model.trainer
+    except RuntimeError:  # it has none
+        return False
+    return isinstance(getattr(trainer, "datamodule", None), AnomalibDataModule)
+
+
 def image_files(trainer: Trainer) -> Iterator[str]:
     """Give the files of all images that a trainer's datamodule has."""
     data = getattr(trainer, "datamodule", None)

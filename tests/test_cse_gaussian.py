@@ -23,7 +23,14 @@ from anomalib_cse.cse_gaussian.fit import PRIOR, TRIED_PRIOR, fit
 from anomalib_cse.cse_gaussian.folds import unseen_scores
 from anomalib_cse.cse_gaussian.moments import RIDGE
 from anomalib_cse.cse_gaussian.sample import FEWEST_KEPT, TrainingSample
-from anomalib_cse.cse_gaussian.torch_model import GaussianMap, directions_of, geometric_mean, image_score, smooth
+from anomalib_cse.cse_gaussian.torch_model import (
+    GaussianMap,
+    directions_of,
+    geometric_mean,
+    image_score,
+    sharpen,
+    smooth,
+)
 
 from tiny import COMMON, QUIET, data_of
 
@@ -45,6 +52,12 @@ def test_smooth_equals_a_naive_loop():
             for di, dj in product(weights, weights)
         )
         assert torch.allclose(smoothed[:, :, i, j], expected)
+
+
+def test_sharpen_multiplies_by_the_excess_over_what_is_around():
+    maps = torch.rand(2, 1, 4, 5)
+    assert torch.allclose(sharpen(maps), maps**2 / smooth(maps))
+    assert torch.equal(sharpen(torch.zeros(1, 1, 4, 5)), torch.zeros(1, 1, 4, 5))
 
 
 @pytest.mark.parametrize(("size", "count"), [((4, 5), 1), ((10, 30), 2), ((32, 32), 5)])
@@ -204,7 +217,7 @@ def test_fit_and_forward_equal_numpys_of_all_images_at_once(kind):
     joint = naive_joint(layers, features_of(model, images.flip(1)), clean, clean if trial.differ else None)
     scored = model(images.flip(1))
     assert scored.pred_score.numpy() == pytest.approx(naive_scores(joint), rel=1e-4)
-    expected = F.interpolate(torch.from_numpy(joint), SIZE, mode="bilinear")
+    expected = F.interpolate(sharpen(torch.from_numpy(joint)), SIZE, mode="bilinear")
     assert np.allclose(scored.anomaly_map, expected, rtol=1e-4)
 
 
@@ -228,7 +241,7 @@ def test_unseen_scores_are_those_of_fits_to_the_other_images(kind):
         shown = [f[seen] for f in clean]
         layers = [NaiveLayer(c, d[seen], params.mask[seen], 6) for c, d in zip(shown, defects, strict=True)]
         joint = naive_joint(layers, [f[unseen] for f in clean], shown, shown if kind == "part" else None)
-        maps = F.interpolate(torch.from_numpy(joint), SIZE, mode="bilinear").numpy()
+        maps = F.interpolate(sharpen(torch.from_numpy(joint)), SIZE, mode="bilinear").numpy()
         places = [found.paths.index(str(number)) for number in unseen]
         assert found.images[places].numpy() == pytest.approx(naive_scores(joint), rel=1e-4)
         assert found.pixels[places].numpy() == pytest.approx(maps.max(axis=(1, 2, 3)), rel=1e-4)

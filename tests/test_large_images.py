@@ -94,7 +94,7 @@ def test_a_network_from_tensorflow_sees_images_filled_up_to_whole_strides(size):
     net = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3)).eval()
     net.load_state_dict(backbone.net.state_dict(), strict=False)
     images = torch.rand(2, 3, *size)
-    fill = [-size[1] % 16, -size[0] % 16]
+    fill = [-size[1] % 16, -size[0] % 16]  # of width and height
     filled = F.pad((images - backbone.mean) / backbone.std, (0, fill[0], 0, fill[1]), mode="replicate")
     for found, expected in zip(backbone(images), net(filled), strict=True):
         assert torch.allclose(found, expected, atol=1e-5)
@@ -110,7 +110,7 @@ def test_distances_at_positions_of_images_of_several_sizes_equal_a_naive_loop():
     seen = [Seen(part, model.smoothed_features(part)) for part in images]
     for layer, (total, weight) in enumerate(distances(model, seen)):
         maps = [model.maps[layer].distances(part.features[layer])[:, 0].numpy() for part in seen]
-        expected, counts = np.zeros((6, 11)), np.zeros((6, 11))  # of the smallest height and width
+        expected, counts = np.zeros((8, 16)), np.zeros((8, 16))  # of the largest height and width
         for of_size in maps:
             rows, columns = (from_border(n, k) for n, k in zip(of_size.shape[1:], expected.shape, strict=True))
             for image, i, j in np.ndindex(of_size.shape):
@@ -250,6 +250,45 @@ def test_large_batches_pass_the_backbone_in_parts():
     [(small, nothing)] = in_passes(torch.zeros(32, 3, 256, 256), None)
     assert (len(small), nothing) == (32, None)
     assert len(in_passes(torch.zeros(2, 3, 2048, 2048), None)) == 2  # one image, however large
+
+
+@pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "test_efficientnet"])
+@pytest.mark.parametrize("size", [(96, 96), (97, 97), (104, 101)])
+def test_maps_lie_where_the_defect_is_whatever_the_size(size, backbone, dtd, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "good").mkdir()
+    for number in range(6):
+        cv2.imwrite(str(tmp_path / "good" / f"{number}.png"), rng.integers(90, 110, (*size, 3), dtype=np.uint8))
+    options = {"backbone": backbone, "layers": (1, 2), "dtd_dir": str(dtd), "image_size": size}
+    model = CseGaussian(**{**COMMON, **options})
+    data = Folder(
+        "good", root=tmp_path, normal_dir="good", val_split_mode="none", test_split_mode="none", num_workers=0
+    )
+    engine = Engine(default_root_dir=tmp_path, limit_val_batches=0, limit_test_batches=0, **QUIET)
+    engine.fit(model, datamodule=data)
+    image = torch.from_numpy(rng.integers(90, 110, (1, 3, *size))).float() / 255
+    image[..., 72:88, 70:86] = 1
+    with torch.no_grad():
+        drawn = model.model(image).anomaly_map[0, 0]
+    assert drawn.shape == size
+    above = (drawn - drawn.quantile(0.9)).clamp(min=0)
+    rows, columns = (torch.arange(n) for n in size)
+    centre = (above.sum(dim=1) @ rows.float()) / above.sum(), (above.sum(dim=0) @ columns.float()) / above.sum()
+    assert centre[0].item() == pytest.approx(79.5, abs=6)
+    assert centre[1].item() == pytest.approx(77.5, abs=6)
+
+
+def test_images_are_as_likely_to_be_kept_when_larger_ones_take_the_room():
+    kept = np.zeros(60)
+    for seed in range(100):
+        sample = TrainingSample(80_000, torch.Generator().manual_seed(seed), has_positions=False)
+        for number in range(60):
+            side = 40 if number == 50 else 16
+            sample.add(torch.full((1, 3, side, side), float(number)), [torch.zeros(1, 1, 2, 2)])
+        for one in sample.kept:
+            kept[int(one.image[0, 0, 0])] += 1
+    share = kept.sum() / 100 / 60
+    assert np.abs(kept - 100 * share).max() < 4.5 * (100 * share * (1 - share)) ** 0.5
 
 
 def test_what_is_kept_of_growing_images_stays_within_the_budget():

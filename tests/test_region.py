@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from anomalib_cse import CseGaussian
+from anomalib_cse.cse_gaussian.region import RegionFolder
 from anomalib_cse.cse_gaussian.torch_model import image_score
 
 from tiny import COMMON, QUIET, data_of
@@ -177,6 +178,22 @@ def test_regions_by_name_that_are_all_the_same_score_as_one(regions, mvtec_root,
     assert torch.allclose(scores_of(engine, own, files), scores_of(other_engine, one, files), atol=1e-5)
 
 
+def test_the_nearest_name_counts(tmp_path):
+    for name in ("0", "good/0", "test/good/0"):
+        mask(tmp_path / f"{name}.png", SQUARE)
+    folder = RegionFolder(tmp_path)
+    for image, name in (("a/test/good/0.jpg", "test/good/0"), ("a/train/good/0.jpg", "good/0"), ("b/0.jpg", "0")):
+        assert folder.mask_of(image) == tmp_path / f"{name}.png"
+
+
+def test_synthetic_images_have_no_mask_in_a_folder(mvtec_root, dtd, folders, tmp_path):
+    model = CseGaussian(**COMMON, dtd_dir=str(dtd), roi=folders)
+    with pytest.raises(ValueError, match=r"a folder of regions \(roi\) has no masks of synthetic images"):
+        Engine(default_root_dir=tmp_path, **QUIET).fit(
+            model, datamodule=data_of(mvtec_root, val_split_mode="synthetic")
+        )
+
+
 def test_images_without_a_mask_are_named(mvtec_root, dtd, folders, tmp_path):
     for number in range(9):
         mask(tmp_path / "masks" / f"{number:03}.png", SQUARE)
@@ -229,6 +246,9 @@ def test_checkpoints_keep_the_region(regions, by_name, folders, mvtec_root, dtd,
         (7, ValueError, "roi must be a mask image or a folder of them, got 7"),
         ("text.png", ValueError, "text.png cannot be read as an image"),
         ("black.png", ValueError, "roi: .*black.png is black, so there is nowhere to look"),
+        ("clear.png", ValueError, "roi: .*clear.png has an alpha channel"),
+        ("empty", ValueError, "roi: there are no images in empty"),
+        ("twice", ValueError, r"roi: twice.0\.jpg and twice.0\.png are masks of one name"),
         ("dot.png", ValueError, r"roi: nothing is left of .*dot.png at \(64, 64\) pixels"),
     ],
 )
@@ -236,6 +256,11 @@ def test_wrong_regions_are_refused(roi, error, message, tmp_path, dtd, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("no image")
     mask(tmp_path / "black.png")
+    cv2.imwrite(str(tmp_path / "clear.png"), np.full((9, 9, 4), 255, np.uint8))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    for suffix in ("png", "jpg"):
+        mask(tmp_path / "twice" / f"0.{suffix}", SQUARE)
     mask(tmp_path / "dot.png", (slice(5, 6), slice(5, 6)))
     with pytest.raises(error, match=message):
         CseGaussian(**COMMON, dtd_dir=str(dtd), roi=roi)
@@ -243,7 +268,7 @@ def test_wrong_regions_are_refused(roi, error, message, tmp_path, dtd, monkeypat
 
 def test_too_narrow_a_region_is_refused_before_anything_is_fitted(mvtec_root, dtd, tmp_path):
     line = mask(tmp_path / "line.png", (slice(30, 33), slice(None)))
-    with pytest.raises(ValueError, match=r"the region of interest \(roi\) is too narrow: of no position"):
+    with pytest.raises(ValueError, match=r"the region of interest \(roi\) is too narrow: no position of the map"):
         fitted(line, mvtec_root, dtd, tmp_path)
 
 

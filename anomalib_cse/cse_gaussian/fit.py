@@ -52,13 +52,16 @@ def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynth
     model.layer_weights.fill_(torch.nan)  # so that what fails half-way is not taken for fitted
     some, others = sample.halves
     count = -(-min(max(sample.count, FEWEST_CORRUPTED), MOST_CORRUPTED) // 2)  # of either half
-    corrupted = list(corrupted_features(model, others, synthesis, count, seed))  # for the trial too
+    corrupted: Iterable[Corrupted] = corrupted_features(model, others, synthesis, count, seed)
+    is_tried = sample.can_be_tried(FEWEST_TRIED)
+    if is_tried:
+        corrupted = list(corrupted)
     drawn = chain(corrupted_features(model, some, synthesis, count, seed), corrupted)
     defects = defect_moments(drawn, some.moments)
     of_halves = zip(some.moments, others.moments, strict=True)
     factors = fit_directions(model, [(a + b).pooled() for a, b in of_halves], over_folds(defects))
     model.image_size.copy_(torch.tensor(sample.kept[0].image.shape[-2:]))
-    return Fit(defects, fit_covariances(model, sample, factors, corrupted))
+    return Fit(defects, fit_covariances(model, sample, factors, list(corrupted) if is_tried else []))
 
 
 def fit_covariances(
@@ -68,11 +71,12 @@ def fit_covariances(
 
     Parts lie alike in every image, and what is usual differs from place to place. On a surface nothing has a place: own
     covariances learn no more than the images at hand. So both are tried: with covariances and scales of one half of the
-    images, own ones shrunk harder than in the model, they are to find the defects in the other, ``corrupted``.
+    images, own ones shrunk harder than in the model, they are to find the defects in the other, ``corrupted``. Without
+    any defect nothing is tried.
     """
     some, others = sample.halves
     trial = None
-    if sample.can_be_tried(FEWEST_TRIED):
+    if sample.can_be_tried(FEWEST_TRIED) and any(drawn.masks.any() for drawn in corrupted):
         fit_own(model, some.moments, factors, batches(some.kept), TRIED_PRIOR)
         own = separation(model, batches(others.kept), corrupted)
         fit_common(model, factors, batches(some.kept))
@@ -124,7 +128,7 @@ def check_moments(level: int, clean: Moments, defects: Moments) -> None:
         )
         raise ValueError(msg)
     if not defects.weight > 0:
-        msg = "no synthetic defects to select the embedding by: their masks are empty"
+        msg = "no synthetic defects to select the embedding by: their masks are empty, or outside of the roi"
         raise ValueError(msg)
     power = clean.second.diagonal().sum() / clean.weight
     if clean.about(clean.mean).diagonal().sum() <= ROUNDING * power:
@@ -163,7 +167,7 @@ def fit_own(
 def distances(model: CseGaussianModel, shown: Iterable[Seen]) -> list[tuple[Tensor, Tensor]]:
     """Return sums of the distances at every position ``(h, w)``, and how much they are of, of each layer.
 
-    Where images differ in size, positions are those of the smallest height and the smallest width: see
+    Where images differ in size, positions are those of the largest height and the largest width: see
     :func:`~anomalib_cse.cse_gaussian.torch_model.from_border`.
     """
     of_images: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.maps]
@@ -174,14 +178,14 @@ def distances(model: CseGaussianModel, shown: Iterable[Seen]) -> list[tuple[Tens
             of_images[layer].append((weighted.sum(dim=0), weights.sum(dim=0)))
     sums = []
     for of_layer in of_images:
-        height, width = (min(total.shape[axis] for total, _ in of_layer) for axis in (0, 1))
+        height, width = (max(total.shape[axis] for total, _ in of_layer) for axis in (0, 1))
         both = [[gathered(values, height, width) for values in pair] for pair in of_layer]
         sums.append((sum(total for total, _ in both), sum(weight for _, weight in both)))
     return sums  # type: ignore[return-value]  # of tensors
 
 
 def gathered(values: Tensor, height: int, width: int) -> Tensor:
-    """Add up values ``(h, w)`` at the positions of a smaller grid, those as far from the borders."""
+    """Return values ``(h, w)`` at the positions of a larger grid that are as far from the borders, 0 elsewhere."""
     rows, columns = (
         from_border(length, most, values.device) for length, most in zip(values.shape, (height, width), strict=True)
     )

@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ..checks import check_fit, plain
+from ..checks import check_fit, check_large_enough, plain
 from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
 from .fit import Fit, fit
@@ -171,12 +171,14 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
         del batch_idx
         assert self.sample is not None  # since on_train_start
         images = cast(Tensor, batch.image)
+        check_large_enough(images, self.backbone.stride)
         inside = self.inside(images, batch.image_path)
+        images, inside = self.model.filled_up(images), None if inside is None else self.model.filled_up(inside)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # as images are scored
             passes = [self.model.smoothed_features(*part) for part in in_passes(images, inside)]
             features = [torch.cat(layer) for layer in zip(*passes, strict=True)]
             if inside is not None:
-                positions_inside(inside, features[0].shape[-2:])
+                positions_inside(inside, self.model.stride)
                 images = self.model.blanked(images, inside)  # synthetic defects may be made of their own pixels
             self.sample.add(images, features, batch.image_path, inside)
         return self.unused if self.trainer.world_size > 1 else None

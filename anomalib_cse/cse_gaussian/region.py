@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
+from anomalib.data.utils import TestSplitMode, ValSplitMode
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..checks import opened
 from ..deployment import DeploymentMixin, image_files
-from ..features import resize
-from .torch_model import INSIDE, CseGaussianModel
+from .torch_model import CseGaussianModel, nearest
 
+INSIDE = 1 - 1e-3  # of what a pixel is resized from, to count as inside
 DEEP = ("1", "L", "I", "F", "I;16")  # Pillow's modes of one channel, which need no conversion
 
 
@@ -31,9 +33,12 @@ def read_mask(path: Path) -> Tensor:
     """Read a mask ``(H, W)``, true where it is brighter than half of its maximum.
 
     Raises:
-        ValueError: If the file holds no image, or a black one.
+        ValueError: If the file holds no image, a black one, or one with an alpha channel.
     """
     with opened(path) as image:
+        if image.mode.endswith(("A", "a")):
+            msg = f"roi: {path} has an alpha channel: give an image that is bright where to look, and black elsewhere"
+            raise ValueError(msg)
         values = pil_to_tensor(image if image.mode in DEEP else image.convert("L"))[0].float()
     mask = values > values.max() / 2
     if not mask.any():
@@ -60,30 +65,47 @@ def region_of(path: Path, transform: nn.Module | None) -> Tensor:
 
 def check_same_region(checkpoint: Mapping[str, Any], roi: Tensor, folder: "RegionFolder | None") -> None:
     """Raise a ``ValueError`` if a checkpoint has another region of interest than a model was given."""
-    saved: Tensor = checkpoint["state_dict"]["model.roi"]
+    saved: Tensor = checkpoint["state_dict"].setdefault("model.roi", torch.zeros(0, 0, dtype=torch.bool))
     saved_folder = checkpoint["hyper_parameters"].get("roi")
     wants = "one region" if saved.numel() else f"regions in {saved_folder}" if saved_folder else "no region"
-    agrees = bool(saved_folder) if folder else not saved_folder and (not roi.numel() or torch.equal(roi, saved))
+    agrees = (
+        bool(saved_folder) if folder else not saved_folder and (not roi.numel() or torch.equal(roi.cpu(), saved.cpu()))
+    )
     if not agrees:
         msg = f"the checkpoint is of {wants} of interest, and the model was given another roi: give it as in training"
         raise ValueError(msg)
 
 
 class RegionFolder:
-    """A folder with a mask for each image: ``b/c.png`` or else ``c.png`` in it is that of the image ``a/b/c.jpg``.
+    """A folder with a mask for each image: of ``a/b/c.jpg`` it is ``a/b/c.png``, or else ``b/c.png``, or ``c.png``.
 
     Args:
         root: The folder.
+
+    Raises:
+        ValueError: If it holds no images, or two of one name.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.masks = {file.with_suffix(""): file for file in sorted(root.rglob("*")) if file.is_file()}
+        self.masks: dict[Path, Path] = {}
+        for file in sorted(root.rglob("*")):
+            if file.suffix.lower() not in Image.registered_extensions():
+                continue
+            other = self.masks.setdefault(file.with_suffix(""), file)
+            if other != file:
+                msg = f"roi: {other} and {file} are masks of one name: take one out"
+                raise ValueError(msg)
+        if not self.masks:
+            msg = f"roi: there are no images in {root}: give a mask for each image, by its name"
+            raise ValueError(msg)
 
     def mask_of(self, image: str) -> Path:
         """Return the file of an image's mask; raise a ``ValueError`` if there is none."""
+        parts = Path(image).with_suffix("").parts[-3:]
         folder, name = Path(image).parent.name, Path(image).stem
-        for candidate in (self.root / folder / name, self.root / name):
+        for start in range(len(parts)):
+            candidate = self.root.joinpath(*parts[start:])
             if candidate in self.masks:
                 return self.masks[candidate]
         msg = f"roi: {self.root} has no mask of {image}: there must be {folder}/{name}.png or {name}.png in it"
@@ -103,10 +125,8 @@ class RegionFolder:
         if not paths:
             msg = f"roi: masks of {self.root} are found by the paths of images, which these have not: give one mask"
             raise ValueError(msg)
-        size = tuple(images.shape[-2:])
-        masks = [region_of(self.mask_of(path), transform)[None, None] for path in paths]
-        same = [mask if mask.shape[-2:] == size else resize(mask.float(), size) >= INSIDE for mask in masks]
-        return torch.cat(same).to(images.device)
+        masks = [region_of(self.mask_of(path), transform) for path in paths]
+        return torch.stack([nearest(mask, images.shape[-2:])[None] for mask in masks]).to(images.device)
 
 
 class RegionMixin(DeploymentMixin):
@@ -128,6 +148,11 @@ class RegionMixin(DeploymentMixin):
         """Check that all images of a datamodule have a mask, if each is to have its own."""
         super().setup(stage)
         if self.regions:
+            data = getattr(self.trainer, "datamodule", None)
+            modes = [getattr(data, f"{part}_split_mode", None) for part in ("val", "test")]
+            if {ValSplitMode.SYNTHETIC, TestSplitMode.SYNTHETIC}.intersection(modes):
+                msg = "a folder of regions (roi) has no masks of synthetic images: set val_split_mode to another way"
+                raise ValueError(msg)
             self.regions.check(image_files(self.trainer))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

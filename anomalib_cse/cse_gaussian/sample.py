@@ -130,7 +130,9 @@ class TrainingSample:
         most = max(FEWEST_KEPT // 2, self.room // (2 * image_bytes))
         self.most = min(self.most, most) if self.most else most
         for half in self.halves:
-            del half.kept[self.most :]
+            if len(half.kept) > self.most:
+                places = torch.randperm(len(half.kept), generator=self.generator)[: self.most]
+                half.kept = [half.kept[place] for place in sorted(places.tolist())]
 
     def add(
         self,
@@ -146,7 +148,8 @@ class TrainingSample:
         """
         if not self.count:
             self.begin([f[0] for f in features])
-        self.limit(sum(values.nbytes for values in (images, *features)) // len(images))
+        kept_of_each = (images, *features) if inside is None else (images, inside, *features)
+        self.limit(sum(values.nbytes for values in kept_of_each) // len(images))
         seen = Seen(images, list(features), inside)
         turn = self.count % 2  # halves take turns, also over batches
         for half, rows in zip(self.halves, (slice(turn, None, 2), slice(1 - turn, None, 2)), strict=True):
@@ -156,6 +159,7 @@ class TrainingSample:
             regions = [None] * len(names) if inside is None else inside[rows]
             for path, region, *kept in zip(names, regions, images[rows], *(f[rows] for f in features), strict=True):
                 image, *of_image = (values.clone() for values in kept)  # a view would keep the whole batch in memory
+                region = None if region is None else region.clone()
                 half.keep(image, of_image, region, path, self.most, self.generator)
 
     @property

@@ -7,6 +7,7 @@ clean features and that of synthetic defects. Distances follow from the same two
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from anomalib.data import InferenceBatch
@@ -15,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checks import check_fitted, check_large_enough, check_number, check_same_size
-from ..features import FrozenBackbone, fuse, pool, resize
+from ..features import FrozenBackbone, filled_up, fuse, pool, resize
 
 FINEST = 8  # stride of the finest map; finer layers are pooled to it
 REGISTER = 16  # numbers that processors multiply at once
 POSITIONS = 200  # of so many, an image's score is the highest; of more, the mean of the highest half per cent
-HALF = 0.5  # of what a position is resized from
-INSIDE = 1 - 1e-3  # of what a pixel is resized from, to count as inside a region of interest
+HALF = 0.5  # of a position, to count as inside a region of interest
 
 
 def smooth(maps: Tensor) -> Tensor:
@@ -63,20 +63,27 @@ def image_score(joint: Tensor, inside: Tensor | None = None) -> Tensor:
     return (ordered * (torch.arange(number, device=joint.device) < taken)).sum(dim=1) / taken.squeeze(1)
 
 
-def positions_inside(inside: Tensor, size: Sequence[int]) -> Tensor:
-    """Return which positions of a grid are inside a region of interest ``(B, 1, H, W)``, by half: ``(B, 1, *size)``.
+def positions_inside(inside: Tensor, stride: int) -> Tensor:
+    """Return which positions, of a stride, are inside a region of interest ``(B, 1, H, W)`` by half ``(B, 1, h, w)``.
 
     Raises:
         ValueError: If none is, in one of the images; an exported graph cannot.
     """
-    positions = resize(inside.float(), size) >= HALF
+    positions = F.avg_pool2d(inside.float(), stride) >= HALF
     if not torch.compiler.is_compiling() and not positions.flatten(1).any(dim=1).all():
         msg = (
-            f"the region of interest (roi) is too narrow: of no position, which are {tuple(size)} in an image of "
-            f"{tuple(inside.shape[-2:])} pixels, is half inside; make it wider, or image_size larger"
+            f"the region of interest (roi) is too narrow: no position of the map, of {stride}x{stride} pixels, is half "
+            "inside; make it wider, or image_size larger"
         )
         raise ValueError(msg)
     return positions
+
+
+def nearest(mask: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize a mask ``(h, w)`` to a height and width by its nearest pixels."""
+    for axis, (known, length) in enumerate(zip(mask.shape, size, strict=True)):
+        mask = mask.index_select(axis, (2 * torch.arange(length, device=mask.device) + 1) * known // (2 * length))
+    return mask
 
 
 def from_border(length: int, known: int, device: torch.device | None = None) -> Tensor:
@@ -200,14 +207,23 @@ class CseGaussianModel(DynamicBufferMixin):
         """Whether the model can score."""
         return not bool(self.layer_weights.isnan().any())
 
+    @property
+    def stride(self) -> int:
+        """The stride of the finest map, in pixels."""
+        return max(FINEST, min(self.backbone.strides))
+
+    def filled_up(self, images: Tensor) -> Tensor:
+        """Return images or masks ``(B, C, H, W)`` whose sides the coarsest layer's stride divides: see ``filled_up``.
+
+        All else is computed of such, so that positions of all layers lie where they belong.
+        """
+        return filled_up(images, self.backbone.stride)
+
     def inside(self, size: Sequence[int]) -> Tensor | None:
         """Return where to look in images of a height and width, ``(1, 1, H, W)``; ``None`` for all of them."""
         if not self.roi.numel():
             return None
-        roi = self.roi[None, None]
-        if all(isinstance(length, int) for length in size) and tuple(size) == tuple(self.roi.shape):
-            return roi
-        return resize(roi.float(), size) >= INSIDE
+        return nearest(self.roi, size)[None, None]
 
     def blanked(self, images: Tensor, inside: Tensor) -> Tensor:
         """Return images that have the colour outside that the backbone takes for the mean, whatever they show there."""
@@ -229,12 +245,12 @@ class CseGaussianModel(DynamicBufferMixin):
         return geometric_mean(fuse(maps), self.layer_weights)
 
     def score(self, features: Sequence[Tensor], size: Sequence[int], inside: Tensor | None = None) -> InferenceBatch:
-        """Score smoothed features of images of a height and width, where they are ``inside``."""
+        """Score smoothed features of images of a height and width, which are filled up, where they are ``inside``."""
         joint = self.joint_distances(features)
         anomaly_map = resize(sharpen(joint), size)
         if inside is None:
             return InferenceBatch(pred_score=image_score(joint), anomaly_map=anomaly_map)
-        at_positions = positions_inside(inside, joint.shape[-2:])
+        at_positions = positions_inside(inside, self.stride)
         return InferenceBatch(pred_score=image_score(joint, at_positions), anomaly_map=anomaly_map * inside)
 
     def forward(self, images: Tensor, inside: Tensor | None = None) -> InferenceBatch:
@@ -254,9 +270,12 @@ class CseGaussianModel(DynamicBufferMixin):
             ValueError: If the images are of a wrong size.
         """
         check_fitted(self)
+        check_large_enough(images, self.backbone.stride)
+        height, width = images.shape[-2:]
+        inside = self.inside((height, width)) if inside is None else inside
+        images, inside = self.filled_up(images), None if inside is None else self.filled_up(inside)
         if self.maps[0].has_positions:
             check_same_size(images, self.image_size)
-        else:
-            check_large_enough(images, self.backbone.stride)
-        inside = self.inside(images.shape[-2:]) if inside is None else inside
-        return self.score(self.smoothed_features(images, inside), images.shape[-2:], inside)
+        scored = self.score(self.smoothed_features(images, inside), images.shape[-2:], inside)
+        anomaly_map = cast(Tensor, scored.anomaly_map)
+        return scored._replace(anomaly_map=anomaly_map[..., :height, :width])

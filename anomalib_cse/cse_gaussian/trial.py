@@ -42,7 +42,7 @@ def separation(model: CseGaussianModel, clean: Iterable[Seen], corrupted: Iterab
 
     def logs(seen: Seen | Corrupted) -> tuple[Tensor, Tensor, Tensor | None]:
         joint = model.joint_distances(seen.features)
-        inside = None if seen.inside is None else positions_inside(seen.inside, joint.shape[-2:])
+        inside = None if seen.inside is None else positions_inside(seen.inside, model.stride)
         tiny = torch.finfo(joint.dtype).tiny
         # not all devices know double
         of_positions, of_images = (

@@ -2,6 +2,6 @@
 
 from .datamodules import MVTec
 from .demo import SurfaceDemo
-from .image_check import ImageCheck, check_files, samples_of
+from .image_check import ImageCheck, check_batches, check_files, samples_of
 
-__all__ = ["ImageCheck", "MVTec", "SurfaceDemo", "check_files", "samples_of"]
+__all__ = ["ImageCheck", "MVTec", "SurfaceDemo", "check_batches", "check_files", "samples_of"]

@@ -119,7 +119,7 @@ def check_batches(loaders: object, model: LightningModule) -> None:
         batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
         headers = headers_of(sample.image for sample in samples_of(getattr(loader, "dataset", None)))[0]
         sizes = sorted({(header.width, header.height) for header in headers})
-        if len(sizes) > 1 and batch_size != 1:
+        if len(sizes) > 1 and batch_size not in (1, None):  # None: a sampler of the user's own may sort by size
             (width, height), (other_width, other_height) = sizes[0], sizes[-1]
             msg = (
                 f"images have several sizes ({width}x{height}, {other_width}x{other_height}, ...), so each needs a "

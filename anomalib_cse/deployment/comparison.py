@@ -68,5 +68,7 @@ def compare_good_images(model: AnomalibModule, folder: str | Path) -> Comparison
     scores = []
     for batch in track(loader, description="Scoring new images"):
         images = cast(Tensor, batch.image).to(model.device)
-        scores.append(model.model(model.pre_processor(images) if model.pre_processor else images).pred_score.cpu())
+        images = model.pre_processor(images) if model.pre_processor else images
+        # as validated: a region of interest may go by the path
+        scores.append(model.score(images, batch.image_path).pred_score.cpu())  # type: ignore[operator]
     return Comparison.of(spread(own.good_images), torch.cat(scores), own.cut)

@@ -112,13 +112,17 @@ def check_images(trainer: Trainer) -> None:
         rank_zero_warn("there is one validation image: normalised by it, scores are 0 or 1")
 
 
-def has_resizing_data(model: LightningModule) -> bool:
-    """Whether a model's trainer has a datamodule of anomalib's: that resizes as the model did when it was made."""
+def resizes_before(model: LightningModule, becomes_free: bool) -> bool:
+    """Whether images have another size, once a checkpoint's pre-processing has taken the place of the model's own.
+
+    anomalib's datamodules have taken over the resizing that the model was made with. And a trainer that has the
+    pre-processor among its callbacks keeps it, even if there is to be none (``becomes_free``).
+    """
     try:
         trainer = model.trainer
     except RuntimeError:  # it has none
         return False
-    return isinstance(getattr(trainer, "datamodule", None), AnomalibDataModule)
+    return becomes_free or isinstance(getattr(trainer, "datamodule", None), AnomalibDataModule)
 
 
 def image_files(trainer: Trainer) -> Iterator[str]:

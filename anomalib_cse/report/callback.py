@@ -74,6 +74,7 @@ class Report(Callback):
     def write(self, trainer: Trainer, pl_module: LightningModule, run: str, file: str, loaders: object) -> None:
         """Write the page, of all processes' images, in the first process."""
         seconds = time.perf_counter() - self.start
+        logged = dict(trainer.callback_metrics)  # in all processes, as they are summed up by it
         records, pictures = joined(gathered((self.records, self.pictures.kept)))
         if not records:
             return
@@ -89,7 +90,7 @@ class Report(Callback):
             "Versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "anomalib", "anomalib_cse")),
         }
         path = Path(trainer.default_root_dir) / file
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} if run == "Test" else {}
+        metrics = {name: float(value) for name, value in logged.items()} if run == "Test" else {}
         title = f"{run} of {model}{data and f' on {data}'}"
         write_page(path, title, records, pictures, self.scale, facts, metrics)
         rank_zero_info(f"{path} shows scores and images, to choose a threshold by")

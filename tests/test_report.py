@@ -190,7 +190,8 @@ def test_what_one_class_cannot_show_is_said(label, words, tmp_path):
 
 def test_nothing_is_written_without_scores(tmp_path):
     report, outputs = Report("network"), batch([0.5], [0], None)
-    trainer = SimpleNamespace(default_root_dir=tmp_path, fast_dev_run=False, test_dataloaders=[])
+    options = {"fast_dev_run": False, "test_dataloaders": [], "callback_metrics": {}}
+    trainer = SimpleNamespace(default_root_dir=tmp_path, **options)
     report.on_test_start(trainer, SimpleNamespace())
     for nothing in (None, torch.zeros(2), outputs.update(pred_score=None)):
         report.on_test_batch_end(trainer, None, nothing, None, 0)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.deploy import CompressionType
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from ..data import check_files
+from ..data import check_batches, check_files
 from ..features import resize
 
 if TYPE_CHECKING:  # optional packages
@@ -46,7 +47,9 @@ def export_any_size(model: nn.Module, path: Path, **options: Any) -> Path:
     return path
 
 
-def check_compression(kind: CompressionType | None, datamodule: AnomalibDataModule | None) -> None:
+def check_compression(
+    kind: CompressionType | None, datamodule: AnomalibDataModule | None, model: LightningModule
+) -> None:
     """Raise a ``ValueError`` if a compression cannot be had, or lacks the images that it takes ranges from.
 
     Those are prepared and read here, before anything is written.
@@ -67,6 +70,7 @@ def check_compression(kind: CompressionType | None, datamodule: AnomalibDataModu
     if not getattr(datamodule, "val_data", None):
         msg = f"compression_type INT8_PTQ takes ranges from validation images, of which {datamodule.name} has none"
         raise ValueError(msg)
+    check_batches(datamodule.val_dataloader(), model)
     check_files("validation", datamodule.val_data)
 
 

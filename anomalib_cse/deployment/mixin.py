@@ -20,7 +20,6 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from ..checks import Fittable, plain
-from ..data import check_batches
 from .checkpoints import WholeCheckpointIO, check_checkpoint
 from .components import ComponentsMixin
 from .export import check_compression, compress, export_any_size, keep_single_precision, note_good_scores
@@ -229,9 +228,9 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         super().on_load_checkpoint(checkpoint)
         self.make_exportable()
         is_sized = bool(self.hparams["image_size"] or self.hparams["center_crop_size"])
-        becomes_free = None in (self.image_size, asked_for)
-        if self.image_size != asked_for and (is_sized or resizes_before(self, becomes_free)):
-            saved, own = ("any number of" if size is None else size for size in (self.image_size, asked_for))
+        sizes = self.image_size, asked_for
+        if sizes[0] != sizes[1] and (is_sized or resizes_before(self, becomes_free=None in sizes)):
+            saved, own = ("any number of" if size is None else size for size in sizes)
             msg = (
                 f"the checkpoint is of images of {saved} pixels, the model was made for {own}: give "
                 "--model.image_size, --model.center_crop_size and --model.pre_processor as in training"
@@ -286,9 +285,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         Raises:
             ValueError: If that cannot be had of a compression, or it lacks its images.
         """
-        check_compression(compression_type, datamodule)
-        if compression_type == CompressionType.INT8_PTQ and datamodule is not None:
-            check_batches(datamodule.val_dataloader(), self)
+        check_compression(compression_type, datamodule, self)
         half = CompressionType.FP16 if compression_type == CompressionType.FP16 else None
         path = super().to_openvino(export_root, model_file_name, input_size, half, **kwargs)
         if compression_type not in (None, CompressionType.FP16):

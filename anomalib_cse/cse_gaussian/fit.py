@@ -52,16 +52,14 @@ def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynth
     model.layer_weights.fill_(torch.nan)  # so that what fails half-way is not taken for fitted
     some, others = sample.halves
     count = -(-min(max(sample.count, FEWEST_CORRUPTED), MOST_CORRUPTED) // 2)  # of either half
-    corrupted: Iterable[Corrupted] = corrupted_features(model, others, synthesis, count, seed)
-    is_tried = sample.can_be_tried(FEWEST_TRIED)
-    if is_tried:
-        corrupted = list(corrupted)
-    drawn = chain(corrupted_features(model, some, synthesis, count, seed), corrupted)
+    corrupted = corrupted_features(model, others, synthesis, count, seed)
+    tried = list(corrupted) if sample.can_be_tried(FEWEST_TRIED) else []  # else used as they come
+    drawn = chain(corrupted_features(model, some, synthesis, count, seed), tried or corrupted)
     defects = defect_moments(drawn, some.moments)
     of_halves = zip(some.moments, others.moments, strict=True)
     factors = fit_directions(model, [(a + b).pooled() for a, b in of_halves], over_folds(defects))
     model.image_size.copy_(torch.tensor(sample.kept[0].image.shape[-2:]))
-    return Fit(defects, fit_covariances(model, sample, factors, list(corrupted) if is_tried else []))
+    return Fit(defects, fit_covariances(model, sample, factors, tried))
 
 
 def fit_covariances(

@@ -29,7 +29,7 @@ def unseen_scores(model: CseGaussianModel, sample: TrainingSample, fitted: Fit) 
         of_unseen = [Moments(m.first.shape[-1], m.first.shape[:-1], m.first.device) for m in moments]
         for seen in batches(unseen):
             for layer, (m, f) in enumerate(zip(of_unseen, seen.features, strict=True)):
-                m.add_maps(f, None if seen.inside is None else seen.weights(layer))
+                m.add_maps(f, seen.weights(layer))
         left = [m - u for m, u in zip(moments, of_unseen, strict=True)]
         defects = over_folds([of_fold for other, of_fold in enumerate(fitted.defects) if other != number])
         factors = fit_directions(trial, [m.pooled() for m in left], defects)

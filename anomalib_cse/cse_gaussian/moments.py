@@ -68,13 +68,11 @@ class Moments:
         self.first += weighted.sum(dim=-2)
         self.second += weighted.mT @ vectors
 
-    def add_maps(self, features: Tensor, weights: Tensor | None = None) -> None:
-        """Add feature maps ``(B, C, h, w)``, of weight 1 or ``(B, h, w)``; a grid has every position for itself."""
-        at_positions = features.permute(2, 3, 0, 1)  # (h, w, B, C)
-        of_positions = None if weights is None else weights.permute(1, 2, 0)
+    def add_maps(self, features: Tensor, weights: Tensor) -> None:
+        """Add feature maps ``(B, C, h, w)``, of weights ``(B, h, w)``; a grid has every position for itself."""
+        at_positions, of_positions = features.permute(2, 3, 0, 1), weights.permute(1, 2, 0)  # (h, w, B, C), (h, w, B)
         if self.weight.dim() == 1:
-            at_positions = at_positions.flatten(0, 2)
-            of_positions = None if of_positions is None else of_positions.flatten()
+            at_positions, of_positions = at_positions.flatten(0, 2), of_positions.flatten()
         self.add(at_positions, of_positions)
 
     def of_sums(self, weight: Tensor, first: Tensor, second: Tensor) -> "Moments":

@@ -154,7 +154,7 @@ class TrainingSample:
         turn = self.count % 2  # halves take turns, also over batches
         for half, rows in zip(self.halves, (slice(turn, None, 2), slice(1 - turn, None, 2)), strict=True):
             for layer, (moments, f) in enumerate(zip(half.moments, features, strict=True)):
-                moments.add_maps(f[rows], None if inside is None else seen.weights(layer)[rows])
+                moments.add_maps(f[rows], seen.weights(layer)[rows])
             names = paths[rows] if paths else [""] * len(images[rows])
             regions = [None] * len(names) if inside is None else inside[rows]
             for path, region, *kept in zip(names, regions, images[rows], *(f[rows] for f in features), strict=True):

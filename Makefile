@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress browser lint types install clean bench-cost bench-compare bench-few bench-thresholds bench-embeddings bench-surfaces
+.PHONY: demo test stress browser lint types install clean bench-cost bench-latency bench-compare bench-few bench-thresholds bench-embeddings bench-surfaces
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -40,7 +40,11 @@ stress: install
 browser: install
 	$(BIN)/pytest tests/browser
 
-# ARGS="latency", "compression --model CseGaussian --checkpoint model.ckpt --root ROOT --category NAME" or "training";
+# exported models beside anomalib's and bare backbones; ARGS="--export-only" on a busy machine, again on a quiet one
+bench-latency: install
+	$(BIN)/python benchmarks/latency.py $(ARGS)
+
+# ARGS="compression --model CseGaussian --checkpoint model.ckpt --root ROOT --category NAME" or "training";
 # what each takes, ARGS="training --help" says
 bench-cost: install
 	$(BIN)/python benchmarks/cost.py $(ARGS)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import statistics
 import threading
 import time
 import traceback
@@ -18,6 +19,7 @@ from anomalib_cse.report.callback import processor
 
 Row = dict[str, str | float]
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}  # for an Engine
+SINGLE_PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO's default is bfloat16 where the processor has it
 OPSET = {"opset_version": 18}  # for exports: anomalib's 14 cannot be had of all networks
 
 
@@ -66,6 +68,20 @@ def end_with_parent() -> None:
 def peak_memory() -> float:
     """Return this process's peak resident memory in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median milliseconds that each run takes, over so many rounds and after two that are not counted.
+
+    All take turns, so that what else the machine does meets them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 2):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[2:]) * 1000 for name, values in seconds.items()}
 
 
 def exported_size(network: Path) -> float:

@@ -2,12 +2,12 @@
 
 That is several seeds, latency, memory, size, and going on after a failure or a break: every model, category and seed
 is a cell with a process of its own and a line in ``results.csv``, and what has a line is not run again. Latency is
-measured at the end, of all models in turns. The models stand in a YAML file; see ``configs/compare``. Run by
+measured at the end, of all exported models in turns. The models stand in a YAML file; see ``configs/compare``. Run by
 ``make bench-compare``.
 """
 
 import argparse
-import statistics
+import shutil
 import time
 import traceback
 import zlib
@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import openvino
 import pandas as pd
 import torch
 from anomalib.data import AnomalibDataModule
@@ -31,9 +32,8 @@ from torchvision.transforms.v2 import CenterCrop, Resize
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_cse import Cse
-from anomalib_cse.deployment import fixed_size
 
-from common import OPSET, QUIET, Row, exported_size, hardware, in_child, peak_memory
+from common import OPSET, QUIET, SINGLE_PRECISION, Row, exported_size, hardware, in_child, in_turns, peak_memory
 from contenders import Contender, chosen, images_of, parser_of
 from report import METRICS, contact_sheet, not_run, table, trade_off
 
@@ -104,27 +104,25 @@ def evaluator() -> Evaluator:
 
 
 def leave(engine: Engine, model: AnomalibModule, images: AnomalibDataModule, folder: Path, keep: Path | None) -> Row:
-    """Leave the model's maps and network and export it; return its size as OpenVINO has it, or what there is not."""
-    missing = "neither maps nor latency nor export"
+    """Export the model and, if asked for, keep that and some maps; return its size in OpenVINO, or what failed."""
+    unfinished = folder / "kept"
+    unfinished.mkdir()
+    missing = "neither maps nor export"
     try:
         if keep:
-            save_maps(engine, model, images, keep.with_suffix(".npz"))
-            torch.save(
-                {"network": model.model.cpu().eval(), "size": fixed_size(model.pre_processor) or size_of(images)},
-                keep.with_suffix(".part"),
-            )
-            keep.with_suffix(".part").rename(keep.with_suffix(".pt"))  # there or not, but never half
+            save_maps(engine, model, images, unfinished / "maps.npz")
+            np.save(unfinished / "image.npy", images.test_data[0].image[None].numpy())
         missing = "not exported"
-        network = engine.export(model, "openvino", export_root=folder, onnx_kwargs=OPSET)
+        network = Path(engine.export(model, "openvino", export_root=folder, onnx_kwargs=OPSET))
+        if keep:
+            shutil.copytree(network.parent, unfinished / "exported")
     except Exception as error:  # noqa: BLE001  whatever ails it, the hours of training before it count
         traceback.print_exception(error)
         return {"remark": f"{missing}: {type(error).__name__}"}
-    return {"exported_MB": exported_size(Path(network))}
-
-
-def size_of(images: AnomalibDataModule) -> tuple[int, ...]:
-    """Return the height and width of the first test image."""
-    return tuple(images.test_data[0].image.shape[-2:])
+    finally:
+        if keep:
+            shutil.move(unfinished, keep)
+    return {"exported_MB": exported_size(network)}
 
 
 def seen(model: AnomalibModule) -> list[float]:
@@ -155,31 +153,19 @@ def save_maps(engine: Engine, model: AnomalibModule, images: AnomalibDataModule,
     )
 
 
-def latencies(files: list[Path], rounds: int) -> Row:
-    """Return the median milliseconds that each network takes for one image, eager and on the CPU, if it does not fail.
-
-    All take turns, so that what else the machine does meets them alike.
-    """
-    saved = {file: torch.load(file, weights_only=False) for file in files}  # our own files
-    seconds: dict[Path, list[float]] = {file: [] for file in files}
-    with torch.inference_mode():
-        for _ in range(rounds + 2):
-            for file in list(saved):
-                image = torch.rand(1, 3, *saved[file]["size"])
-                start = time.perf_counter()
-                try:
-                    saved[file]["network"](image)
-                except Exception as error:  # noqa: BLE001  the others' latencies do not depend on it
-                    traceback.print_exception(error)
-                    del saved[file], seconds[file]
-                    continue
-                seconds[file].append(time.perf_counter() - start)
-    return {str(file): statistics.median(values[2:]) * 1000 for file, values in seconds.items()}
+def latencies(folders: list[Path], rounds: int) -> Row:
+    """Return the median milliseconds that each exported model takes for an image as it comes from its dataset."""
+    runs = {}
+    for folder in folders:
+        file = next((folder / "exported").glob("*.xml"))
+        network = openvino.Core().compile_model(file, "CPU", {"PERFORMANCE_HINT": "LATENCY", **SINGLE_PRECISION})
+        runs[str(folder)] = partial(network, np.load(folder / "image.npy"))
+    return in_turns(runs, rounds)
 
 
 def kept(output: Path, category: str, model: str) -> Path:
-    """Return where a cell leaves what is wanted after all of them; the suffix is to be set."""
-    return output / "kept" / f"{category}_{zlib.crc32(model.encode()):08x}.file"
+    """Return the folder in which a cell leaves what is wanted after all of them."""
+    return output / "kept" / f"{category}_{zlib.crc32(model.encode()):08x}"
 
 
 def read(file: Path, columns: list[str]) -> pd.DataFrame:
@@ -225,7 +211,7 @@ def run(options: argparse.Namespace) -> pd.DataFrame:
     for number, cell in enumerate(cells, start=1):
         print(f"[{number}/{len(cells)}] {' '.join(map(str, cell.key))} ...", flush=True)
         keep = kept(options.output, cell.dataset.name, cell.contender.name)  # of the first seed
-        keep = None if keep.with_suffix(".pt").exists() else keep
+        keep = None if keep.exists() else keep
         limits = {"time_limit": options.time_limit, "memory_limit": options.memory_limit}
         row = in_child(partial(run_cell, cell, options.accelerator, keep), **limits)
         print("   ", row.get("failed") or f"image AUROC {row['image_AUROC']:.3f}, fit {row['fit_s']:.0f} s", flush=True)
@@ -240,17 +226,16 @@ def measure_latency(options: argparse.Namespace, lines: pd.DataFrame) -> pd.Data
     columns = ["model", "category", "ms"]
     known = read(options.output / "latency.csv", columns)
     names = lines.loc[lines["failed"] == "", ["model", "category"]].drop_duplicates().itertuples(index=False, name=None)
-    files = {(m, c): kept(options.output, c, m).with_suffix(".pt") for m, c in names}
-    files = {cell: file for cell, file in files.items() if file.exists()}
-    if not options.latency and files.keys() <= set(known[["model", "category"]].itertuples(index=False, name=None)):
+    folders = {(m, c): kept(options.output, c, m) for m, c in names}
+    folders = {cell: folder for cell, folder in folders.items() if (folder / "exported").exists()}
+    if not options.latency and folders.keys() <= set(known[["model", "category"]].itertuples(index=False, name=None)):
         return known
-    print(f"Latency of {len(files)} networks ...", flush=True)
-    result = in_child(partial(latencies, list(files.values()), options.rounds))
+    print(f"Latency of {len(folders)} networks ...", flush=True)
+    result = in_child(partial(latencies, list(folders.values()), options.rounds))
     if "failed" in result:
         print(f"latency could not be measured: {result['failed']}", flush=True)
         return known
-    measured = [(*cell, result[str(file)]) for cell, file in files.items() if str(file) in result]
-    latency = pd.DataFrame(measured, columns=columns)
+    latency = pd.DataFrame([(*cell, result[str(folder)]) for cell, folder in folders.items()], columns=columns)
     latency.to_csv(options.output / "latency.csv", index=False)
     return latency
 
@@ -284,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     (options.output / "table.md").write_text(text)
     trade_off(lines, latency, options.output / "trade_off.png")
     for category, of_category in lines[lines["failed"] == ""].groupby("category"):
-        maps = {name: kept(options.output, category, name).with_suffix(".npz") for name in of_category["model"]}
+        maps = {name: kept(options.output, category, name) / "maps.npz" for name in of_category["model"]}
         sheet = {name: file for name, file in maps.items() if file.exists()}
         contact_sheet(sheet, options.output / f"maps_{category}.png")
     print(text)

@@ -1,7 +1,5 @@
 """What Cse and CseGaussian cost. Run by ``make bench-cost ARGS=COMMAND``.
 
-latency      milliseconds for one image in torch, ONNX Runtime and OpenVINO, and exported size, beside models of
-             anomalib's; weights are random, as latency does not depend on them
 compression  image AUROC of a checkpoint with each of OpenVINO's compressions, largest difference of a score, and size
 training     seconds and memory of an epoch of Cse, with and without what it keeps, and of a fit of CseGaussian
 """
@@ -10,7 +8,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import chdir
 from functools import partial
 from itertools import pairwise, product
@@ -18,153 +16,22 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import onnxruntime
-import openvino
 import torch
 from anomalib.data import Folder
 from anomalib.data.utils import read_image
 from anomalib.data.utils.generators import PerlinAnomalyGenerator
 from anomalib.deploy import CompressionType, OpenVINOInferencer
 from anomalib.engine import Engine
-from anomalib.models import AnomalibModule, EfficientAd, Fastflow, Padim, Patchcore, ReverseDistillation
-from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.callbacks import LambdaCallback
 from sklearn.metrics import roc_auc_score
-from torchvision.transforms.v2 import CenterCrop
 
 from anomalib_cse import AnomalySynthesis, Cse, CseGaussian
 from anomalib_cse.data import MVTec, SurfaceDemo
-from anomalib_cse.deployment import fixed_size
 from anomalib_cse.synthesis import builtin_textures, load_textures
 
-from common import OPSET, QUIET, Row, exported_size, hardware, in_child, markdown
+from common import QUIET, SINGLE_PRECISION, Row, exported_size, hardware, in_child, in_turns, markdown
 
 OURS = {"Cse": Cse, "CseGaussian": CseGaussian}
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO's default is bfloat16 where the processor has it
-RUNTIMES = {"ONNX Runtime": None, "OpenVINO f32": F32, "OpenVINO default": {}, "OpenVINO FP16": {}, "OpenVINO INT8": {}}
-WHOLE_224, WHOLE_256 = (PreProcessor(CenterCrop(size)) for size in (224, 256))  # resizing is not measured
-
-
-def cse(backbone: str) -> Cse:
-    """Return Cse with a random centre."""
-    model = Cse(backbone, pre_trained=False, seed=0, pre_processor=WHOLE_224)
-    embedding = model.model.embed(model.model.backbone(torch.rand(1, 3, 224, 224)))
-    model.model.set_centres(torch.randn_like(embedding), (224, 224))
-    return model
-
-
-def cse_gaussian(backbone: str, *, own: bool) -> CseGaussian:
-    """Return CseGaussian with random maps, of one covariance for all positions or of their own."""
-    model = CseGaussian(backbone, pre_trained=False, seed=0, pre_processor=WHOLE_256)
-    state = {name: torch.rand_like(v) if v.isnan().any() else v for name, v in model.model.state_dict().items()}
-    for number, features in enumerate(model.model.smoothed_features(torch.rand(1, 3, 256, 256))):
-        grid, roots = features.shape[-2:], state[f"maps.{number}.roots"]
-        state[f"maps.{number}.scale"] = torch.ones(grid)
-        state[f"maps.{number}.roots"] = roots.repeat(*grid, 1, 1) if own else roots
-    model.model.load_state_dict({**state, "image_size": torch.tensor([256, 256])})
-    return model
-
-
-def patchcore() -> Patchcore:
-    """Return Patchcore with 10 % of the patches of 280 images, a middling category of MVTec AD, in its memory."""
-    model = Patchcore(pre_trained=False, pre_processor=WHOLE_256)
-    patches, channels = model.model.train()(torch.rand(1, 3, 256, 256)).shape
-    model.model.memory_bank = torch.rand(280 * patches // 10, channels)
-    return model
-
-
-def padim() -> Padim:
-    """Return Padim fitted to random images."""
-    model = Padim(pre_trained=False, pre_processor=WHOLE_256)
-    model.model.train()(torch.rand(4, 3, 256, 256))
-    model.model.fit()
-    return model
-
-
-MODELS: dict[str, Callable[[], AnomalibModule]] = {
-    "Cse efficientnet_b3": partial(cse, "efficientnet_b3"),
-    "Cse lite0": partial(cse, "tf_efficientnet_lite0"),
-    "CseGaussian efficientnet_b3": partial(cse_gaussian, "efficientnet_b3", own=False),
-    "CseGaussian lite0": partial(cse_gaussian, "tf_efficientnet_lite0", own=False),
-    "CseGaussian lite0, own covariances": partial(cse_gaussian, "tf_efficientnet_lite0", own=True),
-    "Padim resnet18": padim,
-    "Patchcore wide_resnet50_2": patchcore,
-    "Fastflow resnet18": lambda: Fastflow(pre_trained=False, pre_processor=WHOLE_256),
-    "ReverseDistillation wide_resnet50_2": lambda: ReverseDistillation(pre_trained=False, pre_processor=WHOLE_256),
-    "EfficientAd": lambda: EfficientAd(pre_processor=WHOLE_256),
-}
-
-
-def median_ms(run: Callable[[], object], rounds: int) -> float:
-    """Return the median milliseconds of some runs, after two that are not counted."""
-    seconds = []
-    for _ in range(rounds + 2):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:]) * 1000
-
-
-def milliseconds(run: Callable[[np.ndarray], object], size: tuple[int, int], rounds: int) -> Row:
-    """Return medians for one image and, per image, for a batch of 8."""
-    one, eight = (np.random.default_rng(0).random((count, 3, *size), dtype=np.float32) for count in (1, 8))
-    return {
-        "ms, one image": median_ms(lambda: run(one), rounds),
-        "ms, batch of 8": median_ms(lambda: run(eight), max(3, rounds // 4)) / 8,
-    }
-
-
-def in_torch(name: str, rounds: int) -> Row:
-    """Measure a network in torch."""
-    with torch.no_grad():
-        model = MODELS[name]().eval()
-        return milliseconds(
-            lambda images: model.model(torch.from_numpy(images)), fixed_size(model.pre_processor), rounds
-        )
-
-
-def export(name: str, runtime: str, folder: Path) -> Row:
-    """Export a model for a runtime."""
-    with torch.no_grad():
-        model = MODELS[name]()
-    height, width = fixed_size(model.pre_processor)
-    compression = next((kind for kind in CompressionType if runtime.endswith(f" {kind.name}")), None)
-    file = Engine(default_root_dir=folder).export(
-        model,
-        "onnx" if runtime == "ONNX Runtime" else "openvino",
-        export_root=folder,
-        input_size=(height, width),
-        compression_type=compression,
-        onnx_kwargs=OPSET,
-    )
-    return {"file": str(file), "height": height, "width": width, "exported MB": exported_size(Path(file))}
-
-
-def deployed(exported: Row, runtime: str, rounds: int) -> Row:
-    """Measure an exported network in its runtime."""
-    file, size, hints = exported["file"], (exported["height"], exported["width"]), RUNTIMES[runtime]
-    if hints is None:
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        measured = milliseconds(lambda images: session.run(None, {"input": images}), size, rounds)
-    else:
-        network = openvino.Core().compile_model(file, "CPU", {"PERFORMANCE_HINT": "LATENCY", **hints})
-        measured = milliseconds(network, size, rounds)
-    return {**measured, "exported MB": exported["exported MB"]}
-
-
-def latency(options: argparse.Namespace) -> Iterator[Row]:
-    """Measure one model and one runtime after the other.
-
-    What exports is another process than what measures: in a thread in which torch had run, the same OpenVINO network
-    took eight times as long.
-    """
-    for name in options.models:
-        yield {"model": name, "runtime": "torch", **in_child(partial(in_torch, name, options.rounds))}
-        for runtime in RUNTIMES:
-            with tempfile.TemporaryDirectory() as folder:
-                exported = in_child(partial(export, name, runtime, Path(folder)))
-                measure = partial(deployed, exported, runtime, options.rounds)
-                yield {"model": name, "runtime": runtime, **(exported if "failed" in exported else in_child(measure))}
 
 
 def compression(options: argparse.Namespace) -> Iterator[Row]:
@@ -185,7 +52,7 @@ def compression(options: argparse.Namespace) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder, chdir(folder):
             engine = Engine(default_root_dir=folder)
             network = Path(engine.export(model, "openvino", folder, compression_type=kind, datamodule=images))
-            for precision, hint in {"OpenVINO's default": {}, "f32": F32}.items():
+            for precision, hint in {"OpenVINO's default": {}, "f32": SINGLE_PRECISION}.items():
                 inferencer = OpenVINOInferencer(network, device="CPU", config=hint)
                 scores = np.array([inferencer.predict(read_image(file)).pred_score.item() for file in files])
                 yield {
@@ -250,7 +117,7 @@ def synthesis(options: argparse.Namespace) -> Row:
         theirs = PerlinAnomalyGenerator(anomaly_source_path=textures, probability=1)
         images = torch.rand(8, 3, 224, 224, generator=generator)
         runs = {"AnomalySynthesis ms": lambda: ours(images, generator), "Perlin ms": lambda: theirs(images)}
-        return {name: median_ms(run, 20) / len(images) for name, run in runs.items()}
+        return {name: milliseconds / len(images) for name, milliseconds in in_turns(runs, 20).items()}
 
 
 def training(options: argparse.Namespace) -> Iterator[Row]:
@@ -269,10 +136,6 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("latency")
-    command.set_defaults(measure=latency)
-    command.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    command.add_argument("--rounds", type=int, default=20)
     command = commands.add_parser("compression")
     command.set_defaults(measure=compression)
     command.add_argument("--model", choices=OURS, required=True)

@@ -1,4 +1,4 @@
-"""How accurate models are with few training images, and how long a fit takes. Run by ``make bench-few``.
+"""How accurate models are with few training images, and what a fit takes. Run by ``make bench-few``.
 
 Every model is fitted to several draws of so many training images, the same for all models, without validation, and
 tested on all test images. The models stand in a YAML file; see ``configs/compare``. The draws of one model, set and
@@ -21,10 +21,10 @@ from anomalib.metrics import AUPRO, AUROC, Evaluator
 from lightning.pytorch import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 
-from common import QUIET, Row, hardware, markdown
+from common import QUIET, Row, hardware, markdown, peak_memory
 from contenders import Contender, chosen, parser_of
 
-MEANS = {"image AUROC": "mean", "AUPRO": "mean", "fit s": "median"}
+MEANS = {"image AUROC": "mean", "AUPRO": "mean", "fit s": "median", "peak MB": "max"}
 
 
 def measure(contender: Contender, dataset: Path, count: int, draw: int) -> Row:
@@ -43,11 +43,11 @@ def measure(contender: Contender, dataset: Path, count: int, draw: int) -> Row:
         engine = Engine(limit_val_batches=0, limit_test_batches=0, **trainer)
         start = time.perf_counter()
         engine.fit(model, datamodule=images)
-        seconds = time.perf_counter() - start
+        costs = {"fit s": time.perf_counter() - start, "peak MB": peak_memory()}
         # scores are to be in [0, 1]: torchmetrics takes others for logits, and large ones for 1
         Engine(**trainer).validate(model, datamodule=images, verbose=False)
         [found] = Engine(**trainer).test(model, datamodule=images, verbose=False)
-    return {"image AUROC": found["AUROC"], "AUPRO": found["AUPRO"], "fit s": seconds}
+    return {"image AUROC": found["AUROC"], "AUPRO": found["AUPRO"], **costs}
 
 
 def measure_draws(contender: Contender, dataset: Path, count: int, draws: int) -> list[Row]:
@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, write a line for each run, and print means over draws and sets, of seconds the medians."""
+    """Measure, write a line for each run, and print means over draws and sets, median seconds and the most memory."""
     options = parse(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     lines = []

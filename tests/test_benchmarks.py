@@ -71,6 +71,7 @@ def test_comparison_makes_a_table_and_a_failed_model_stops_nothing(compared):
     [latency] = pd.read_csv(output / "latency.csv")["ms"]
     assert latency > 0
     assert {file.name for file in output.glob("*.png")} == {"maps_tiny.png", "trade_off.png"}
+    assert len(list(output.glob("kept/*/exported/model.xml"))) == 1
     text = (output / "table.md").read_text()
     assert "| 1 | tiny |" in next(line for line in text.splitlines() if line.startswith("| Binary"))
     assert "| Broken | tiny | 0 | ValueError: num_centres must be" in text
@@ -189,11 +190,35 @@ def test_binary_classifier_is_trained_with_the_cross_entropy_of_all_images():
         BinaryClassifier(num_centres=2)
 
 
-@pytest.mark.parametrize("name", ["Cse lite0", "CseGaussian lite0", "CseGaussian lite0, own covariances"])
-def test_latency_is_measured(name):
-    from cost import in_torch
+def test_exported_models_are_measured_beside_their_backbones(tmp_path, monkeypatch):
+    import latency
 
-    assert min(in_torch(name, rounds=1).values()) > 0
+    monkeypatch.setattr(latency, "RUNTIMES", {"OpenVINO f32": latency.RUNTIMES["OpenVINO f32"]})
+    names = ["backbone of CseGaussian, Lite0", "CseGaussian, Lite0"]
+    arguments = ["--models", *names, "--output", str(tmp_path), "--rounds", "3"]
+    latency.main([*arguments, "--export-only"])
+    assert not (tmp_path / "results.csv").exists()
+    files = {file: file.stat().st_mtime for file in tmp_path.glob("exported/**/*.xml")}
+    latency.main(arguments)
+    assert files == {file: file.stat().st_mtime for file in tmp_path.glob("exported/**/*.xml")}
+    lines = pd.read_csv(tmp_path / "results.csv")
+    assert lines["model"].tolist() == names
+    assert (lines[["OpenVINO f32, 1", "OpenVINO f32, 8"]] > 0).all(axis=None)
+    assert lines["MB"][0] < lines["MB"][1]
+
+
+def test_bare_backbone_gives_what_it_gives_in_torch(tmp_path):
+    import latency
+
+    backbone = latency.MODELS["backbone of Cse, Lite0"]()
+    image = np.random.default_rng(0).random((1, 3, 224, 224), dtype=np.float32)
+    runtime = latency.RUNTIMES["OpenVINO f32"]
+    found = latency.opened(latency.export(backbone, 224, runtime, tmp_path), runtime)(image)
+    with torch.no_grad():
+        expected = backbone.net(torch.from_numpy(image))
+    assert [features.shape[-1] for features in expected] == [14, 7]
+    for number, features in enumerate(expected):
+        np.testing.assert_allclose(found[number], features, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["Cse", "CseGaussian"])
@@ -232,6 +257,7 @@ def test_few_images_are_as_many_as_are_asked_for_and_other_ones_in_every_draw(mv
     few.main([*map(str, arguments), "--counts", "3", "--draws", "2", "--output", str(tmp_path / "few")])
     lines = pd.read_csv(tmp_path / "few" / "results.csv")
     assert lines["AUPRO"].tolist() == pytest.approx([row["AUPRO"] for row in rows[1:]], abs=1e-3)
+    assert lines["peak MB"].min() > 100
     assert f"| Tiny | 3 | 1 | {lines['AUPRO'].mean():.3g} |" in (tmp_path / "few" / "table.md").read_text()
     with pytest.raises(SystemExit):
         few.main([*map(str, arguments), "--counts", "11", "--output", str(tmp_path / "few")])

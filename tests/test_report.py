@@ -19,7 +19,7 @@ from anomalib_cse.report import Report, pictures
 from anomalib_cse.report.callback import joined
 from anomalib_cse.report.page import Record
 
-from tiny import MODELS, QUIET, data_of
+from tiny import COMMON, MODELS, QUIET, data_of
 
 both = pytest.mark.parametrize("name", MODELS)
 
@@ -121,6 +121,21 @@ def test_page_says_what_the_model_has_scored(name, trained, mvtec_root, tmp_path
     assert (predicted.data["labelled"], predicted.data["kinds"], predicted.data["roc"]) == (False, ["images"], None)
     assert f"Prediction of {name}" in predicted.text
     assert "8 images, without labels" in predicted.text
+
+
+def test_run_ends_with_where_its_results_are(mvtec_root, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("anomalib_cse.report.callback.rank_zero_info", said.append)
+    model = MODELS["CseGaussian"](**{**COMMON, "report": True})
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    engine.train(model, datamodule=data_of(mvtec_root))
+    folder = engine.trainer.default_root_dir
+    assert said == [
+        f"Results in {folder}\n"
+        "  report.html                   scores and images, to choose a threshold by\n"
+        "  images                        a picture of each image\n"
+        "  weights/lightning/model.ckpt  the model"
+    ]
 
 
 @both

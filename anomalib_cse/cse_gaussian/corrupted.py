@@ -40,7 +40,7 @@ def corrupted_features(
     drawn = [half.kept[place] for place in draw(count, len(half.kept), seed, DRAWN, half.number)]
     done = 0
     passes = -(-count // min(BATCH, in_one_pass(drawn[0].image.shape[1:])))
-    for seen in track(batches(drawn), description="Drawing defects", total=passes):
+    for seen in track(batches(drawn), description="Painting synthetic defects", total=passes):
         params = synthesis.sample(seen.images.shape, generator_for(seed, DEFECTS, half.number, done))
         masks = params.mask.to(seen.images.device)
         features = model.smoothed_features(synthesis.apply(seen.images, params), seen.inside)

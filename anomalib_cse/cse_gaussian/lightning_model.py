@@ -216,13 +216,7 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
             fitted = fit(self.model, sample, synthesis.to(self.device), seed)
             self.fitted, trial = (sample, fitted), fitted.trial
             if trial is not None:
-                rank_zero_info(
-                    f"With covariances of half of the training images, synthetic defects in the other stand out by "
-                    f"{trial.in_common.positions:.2f} deviations with one covariance for all positions, by "
-                    f"{trial.own.positions:.2f} with their own; scores of images that have some by "
-                    f"{trial.in_common.images:.2f} and {trial.own.images:.2f}. They get "
-                    f"{'their own' if trial.differ else 'one for all'}."
-                )
+                rank_zero_info(str(trial))
         self.share_fitted()
 
     def unseen_scores(self) -> UnseenScores | None:

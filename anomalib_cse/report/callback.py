@@ -1,5 +1,6 @@
 """Notes scores and small pictures while a model is tested or predicts, and has a page made of them."""
 
+import os
 import platform
 import time
 from datetime import datetime
@@ -33,6 +34,7 @@ class Report(Callback):
 
     def __init__(self, backbone: str) -> None:
         self.backbone = backbone
+        self.written: Path | None = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with no images."""
@@ -93,7 +95,27 @@ class Report(Callback):
         metrics = {name: float(value) for name, value in logged.items()} if run == "Test" else {}
         title = f"{run} of {model}{data and f' on {data}'}"
         write_page(path, title, records, pictures, self.scale, facts, metrics)
-        rank_zero_info(f"{path} shows scores and images, to choose a threshold by")
+        self.written = path
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say where the results are, below the metrics that Lightning prints."""
+        del pl_module, stage
+        if self.written is None:
+            return
+        folder = self.written.parent
+        checkpoint = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or folder)
+        found = {
+            self.written: "scores and images, to choose a threshold by",
+            folder / "images": "a picture of each image",
+            checkpoint: "the model",
+        }
+        lines = {
+            os.path.relpath(path, folder): text for path, text in found.items() if path != folder and path.exists()
+        }
+        width = max(map(len, lines))
+        listed = "".join(f"\n  {path:{width}}  {text}" for path, text in lines.items())
+        rank_zero_info(f"Results in {folder}{listed}")
+        self.written = None
 
 
 def scale_of(post_processor: object) -> Scale:

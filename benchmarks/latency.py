@@ -1,0 +1,286 @@
+"""How long exported models take for an image, beside anomalib's and the bare backbones. Run by ``make bench-latency``.
+
+Every model is exported to ONNX and, as it is and compressed, to OpenVINO. What stands in the output folder is not
+exported again, so that the exports may be made on a busy machine and the measurement repeated on a quiet one. Weights
+are random, as latency does not depend on them; images have the size that the network takes, so that nothing is resized.
+"""
+
+import argparse
+import json
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nncf
+import numpy as np
+import onnxruntime
+import openvino
+import pandas as pd
+import timm
+import torch
+from anomalib.data import Folder
+from anomalib.deploy import CompressionType
+from anomalib.engine import Engine
+from anomalib.models import AnomalibModule, EfficientAd, Fastflow, Padim, Patchcore, ReverseDistillation, Stfpm
+from anomalib.pre_processing import PreProcessor
+from torch import nn
+from torchvision.io import write_png
+from torchvision.transforms.v2 import CenterCrop
+
+from anomalib_cse import Cse, CseGaussian
+
+from common import OPSET, QUIET, SINGLE_PRECISION, exported_size, hardware, in_child, in_turns, markdown
+
+WHOLE_224, WHOLE_256 = (PreProcessor(CenterCrop(size)) for size in (224, 256))  # resizing is not measured
+LITE0, B3 = "tf_efficientnet_lite0", "efficientnet_b3"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A way to run an exported model.
+
+    Attributes:
+        format: anomalib's name of the export.
+        compression: Of the exported file.
+        config: OpenVINO's; compressed models may round further, as they do by default.
+    """
+
+    format: str
+    compression: CompressionType | None = None
+    config: Mapping[str, str] = field(default_factory=dict)
+
+
+RUNTIMES = {
+    "ONNX Runtime": Runtime("onnx"),
+    "OpenVINO f32": Runtime("openvino", config=SINGLE_PRECISION),
+    "OpenVINO INT8": Runtime("openvino", CompressionType.INT8),
+    "OpenVINO INT8_PTQ": Runtime("openvino", CompressionType.INT8_PTQ),
+}
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A backbone alone, up to the coarsest layer that a model takes, and the size of that model's images."""
+
+    net: nn.Module
+    size: int
+
+
+def cse(backbone: str) -> Cse:
+    """Return Cse with a random centre."""
+    model = Cse(backbone, pre_trained=False, seed=0, pre_processor=WHOLE_224)
+    embedding = model.model.embed(model.model.backbone(torch.rand(1, 3, 224, 224)))
+    model.model.set_centres(torch.randn_like(embedding), (224, 224))
+    return model
+
+
+def cse_gaussian(backbone: str, *, own: bool = False) -> CseGaussian:
+    """Return CseGaussian with random maps, of one covariance for all positions or of their own."""
+    model = CseGaussian(backbone, pre_trained=False, seed=0, pre_processor=WHOLE_256)
+    state = {name: torch.rand_like(v) if v.isnan().any() else v for name, v in model.model.state_dict().items()}
+    for number, features in enumerate(model.model.smoothed_features(torch.rand(1, 3, 256, 256))):
+        grid, roots = features.shape[-2:], state[f"maps.{number}.roots"]
+        state[f"maps.{number}.scale"] = torch.ones(grid)
+        state[f"maps.{number}.roots"] = roots.repeat(*grid, 1, 1) if own else roots
+    model.model.load_state_dict({**state, "image_size": torch.tensor([256, 256])})
+    return model
+
+
+def patchcore() -> Patchcore:
+    """Return Patchcore with 10 % of the patches of 280 images, a middling category of MVTec AD, in its memory."""
+    model = Patchcore(pre_trained=False, pre_processor=WHOLE_256)
+    patches, channels = model.model.train()(torch.rand(1, 3, 256, 256)).shape
+    model.model.memory_bank = torch.rand(280 * patches // 10, channels)
+    return model
+
+
+def padim() -> Padim:
+    """Return Padim fitted to random images."""
+    model = Padim(pre_trained=False, pre_processor=WHOLE_256)
+    model.model.train()(torch.rand(4, 3, 256, 256))
+    model.model.fit()
+    return model
+
+
+def stfpm() -> Stfpm:
+    """Return STFPM with random weights, which it takes from a folder alone."""
+    with TemporaryDirectory() as folder:
+        timm.models.save_for_hf(timm.create_model("resnet18"), folder)
+        return Stfpm(f"local-dir:{folder}", pre_processor=WHOLE_256)
+
+
+def bare(model: Callable[[], Cse | CseGaussian], size: int) -> Bare:
+    """Return what a model has for a backbone."""
+    return Bare(model().model.backbone.net, size)
+
+
+OURS: dict[str, Callable[[], Cse | CseGaussian]] = {
+    "Cse, Lite0": partial(cse, LITE0),
+    "Cse, B3": partial(cse, B3),
+    "CseGaussian, Lite0": partial(cse_gaussian, LITE0),
+    "CseGaussian, Lite0, own covariances": partial(cse_gaussian, LITE0, own=True),
+    "CseGaussian, B3": partial(cse_gaussian, B3),
+}
+BACKBONES = {
+    "backbone of Cse, Lite0": partial(bare, OURS["Cse, Lite0"], 224),
+    "backbone of Cse, B3": partial(bare, OURS["Cse, B3"], 224),
+    "backbone of CseGaussian, Lite0": partial(bare, OURS["CseGaussian, Lite0"], 256),
+    "backbone of CseGaussian, B3": partial(bare, OURS["CseGaussian, B3"], 256),
+}
+MODELS: dict[str, Callable[[], AnomalibModule | Bare]] = {
+    **BACKBONES,
+    **OURS,
+    "Padim, ResNet18": padim,
+    "STFPM, ResNet18": stfpm,
+    "FastFlow, ResNet18": partial(Fastflow, pre_trained=False, pre_processor=WHOLE_256),
+    "ReverseDistillation, ResNet18": partial(
+        ReverseDistillation, "resnet18", pre_trained=False, pre_processor=WHOLE_256
+    ),
+    "EfficientAd-S": partial(EfficientAd, pre_processor=WHOLE_256),
+    "PatchCore, WRN50": patchcore,
+}
+
+
+def size_of(name: str) -> int:
+    """Return the side of the images that a model takes, in pixels."""
+    return 224 if name.removeprefix("backbone of ").startswith("Cse,") else 256
+
+
+def random_images(folder: Path, size: int, count: int = 24) -> Folder:
+    """Return images of noise, to quantise activations by: latency does not depend on the ranges."""
+    (folder / "good").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count):
+        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
+        write_png(image, str(folder / "good" / f"{number}.png"))
+    return Folder("noise", root=folder, normal_dir="good", normal_split_ratio=0.5, num_workers=0, eval_batch_size=1)
+
+
+def export_all(name: str, folders: Mapping[str, Path]) -> dict[str, str]:
+    """Export a model for each runtime into a folder, in a process of its own; failures are shown."""
+    files = {}
+    with torch.no_grad():
+        model = MODELS[name]()
+        for title, folder in folders.items():
+            try:
+                files[title] = str(export(model, size_of(name), RUNTIMES[title], folder))
+            except Exception as error:  # noqa: BLE001  the other runtimes do not depend on it
+                traceback.print_exception(error)
+    return files
+
+
+def export(model: AnomalibModule | Bare, size: int, runtime: Runtime, folder: Path) -> Path:
+    """Export a model; return its file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, Bare):
+        return export_bare(model, runtime, folder)
+    with TemporaryDirectory() as images:
+        return Path(
+            Engine(default_root_dir=folder, **QUIET).export(
+                model,
+                runtime.format,
+                export_root=folder,
+                input_size=(size, size),
+                compression_type=runtime.compression,
+                datamodule=random_images(Path(images), size),
+                onnx_kwargs=OPSET,
+            )
+        )
+
+
+def export_bare(backbone: Bare, runtime: Runtime, folder: Path) -> Path:
+    """Export a backbone as anomalib exports models."""
+    size = backbone.size
+    file = folder / "model.onnx"
+    image = torch.zeros(1, 3, size, size)
+    torch.onnx.export(
+        backbone.net,
+        (image,),
+        file,
+        input_names=["input"],
+        dynamic_axes={"input": {0: "batch"}},
+        dynamo=False,
+        **OPSET,
+    )
+    if runtime.format == "onnx":
+        return file
+    network = openvino.convert_model(file)
+    if runtime.compression == CompressionType.INT8:
+        network = nncf.compress_weights(network)
+    elif runtime.compression == CompressionType.INT8_PTQ:
+        generator = np.random.default_rng(0)
+        noise = [generator.random((1, 3, size, size), dtype=np.float32) for _ in range(12)]
+        network = nncf.quantize(network, nncf.Dataset(noise))
+    openvino.save_model(network, file.with_suffix(".xml"), compress_to_fp16=False)
+    return file.with_suffix(".xml")
+
+
+def opened(file: Path, runtime: Runtime) -> Callable[[np.ndarray], object]:
+    """Return an exported network, ready to run."""
+    if runtime.format == "onnx":
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return lambda images: session.run(None, {"input": images})
+    return openvino.Core().compile_model(file, "CPU", {"PERFORMANCE_HINT": "LATENCY", **runtime.config})
+
+
+def measure(files: Mapping[str, Path], runtime: Runtime, count: int, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds that each network takes for an image, in batches of so many."""
+    runs = {}
+    for name, file in files.items():
+        images = np.random.default_rng(0).random((count, 3, size_of(name), size_of(name)), dtype=np.float32)
+        runs[name] = partial(opened(file, runtime), images)
+    return {name: milliseconds / count for name, milliseconds in in_turns(runs, rounds).items()}
+
+
+def exported(options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Return the files of each model for the runtimes that it can be exported for; what is there stays."""
+    files = {}
+    for name in options.models:
+        folder = options.output / "exported" / name.replace(", ", "_").replace(" ", "_")
+        done = folder / "files.json"
+        if not done.exists():
+            print(f"Exporting {name} ...", flush=True)
+            found = in_child(partial(export_all, name, {title: folder / title for title in RUNTIMES}))
+            folder.mkdir(parents=True, exist_ok=True)
+            done.write_text(json.dumps(found))
+        files[name] = json.loads(done.read_text())
+    return files
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=50, help="of the measurement; an eighth of it for batches of 8")
+    parser.add_argument("--export-only", action="store_true", help="measure nothing, as the machine is busy")
+    parser.add_argument("--output", type=Path, default=Path("results/latency"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Export what is not exported, measure all of it in turns, and write a table."""
+    options = parse(arguments)
+    options.output = options.output.resolve()
+    files = exported(options)
+    if options.export_only:
+        return
+    rows = {name: {"model": name, "MB": exported_size(Path(files[name]["OpenVINO f32"]))} for name in files}
+    for title, count in product(RUNTIMES, (1, 8)):
+        print(f"Measuring {title}, batches of {count} ...", flush=True)
+        of_runtime = {name: Path(found[title]) for name, found in files.items() if title in found}
+        rounds = max(3, options.rounds // count)
+        for name, milliseconds in in_child(partial(measure, of_runtime, RUNTIMES[title], count, rounds)).items():
+            if name in rows:
+                rows[name][f"{title}, {count}"] = milliseconds
+    pd.DataFrame(rows.values()).to_csv(options.output / "results.csv", index=False)
+    text = f"{markdown(rows.values())}\n\n{hardware()}\n"
+    (options.output / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

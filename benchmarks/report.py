@@ -59,19 +59,27 @@ def not_run(lines: pd.DataFrame) -> str:
 
 
 def trade_off(lines: pd.DataFrame, latency: pd.DataFrame, file: Path) -> None:
-    """Draw AUPRO against milliseconds per image, exported: means over the sets with masks that all models have."""
-    found = lines[(lines["failed"] == "") & lines["pixel_AUPRO"].notna()].merge(latency, on=["category", "model"])
-    by_cell = found.groupby(["model", "category"], sort=False)[["pixel_AUPRO", "ms"]].mean().unstack("category")
-    of_all = by_cell.dropna(axis="columns")  # a set that one of the models lacks would favour another
-    if of_all.empty:
+    """Draw AUPRO against milliseconds per image, exported.
+
+    Both are means over sets that all models with a latency have: others would favour one of them.
+    """
+    timed = lines[(lines["failed"] == "") & lines["model"].isin(latency["model"])]
+    accuracy, milliseconds = (
+        found.groupby(["model", "category"], sort=False)[column].mean().unstack("category").dropna(axis="columns")
+        for found, column in ((timed, "pixel_AUPRO"), (latency, "ms"))
+    )
+    if accuracy.empty or milliseconds.empty:
         return
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for number, (model, values) in enumerate(of_all.iterrows()):
-        point = values["ms"].mean(), values["pixel_AUPRO"].mean()
+    for number, model in enumerate(accuracy.index):
+        point = milliseconds.loc[model].mean(), accuracy.loc[model].mean()
         axis.scatter(*point, color=f"C{number % 10}", marker="os^DvP*Xp<>h"[number % 12], s=60)
         axis.annotate(model, point, xytext=(7, 0), textcoords="offset points", va="center", color=f"C{number % 10}")
-    sets = of_all["ms"].shape[1]
-    axis.set(xscale="log", xlabel="milliseconds per image, exported to OpenVINO", ylabel=f"AUPRO, mean of {sets} sets")
+    axis.set(
+        xscale="log",
+        xlabel="milliseconds per image, exported to OpenVINO",
+        ylabel=f"mean AUPRO ({accuracy.shape[1]} sets)",
+    )
     axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())

@@ -173,6 +173,22 @@ def test_table_gives_mean_and_spread_over_the_seeds():
     assert "| Cse | grid | 2 | no memory |" in not_run(lines)
 
 
+def test_trade_off_is_of_sets_that_all_models_have(tmp_path, monkeypatch):
+    import report
+
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure, file: drawn.append(figure))
+    results = [("A", "grid", 0.8), ("A", "grid", 0.6), ("A", "leather", 0.9), ("B", "grid", 0.5), ("C", "leather", 0.4)]
+    lines = pd.DataFrame(results, columns=["model", "category", "pixel_AUPRO"]).assign(failed="")
+    times = [("A", "grid", 10.0), ("A", "leather", 70.0), ("B", "grid", 30.0)]
+    report.trade_off(lines, pd.DataFrame(times, columns=["model", "category", "ms"]), tmp_path / "picture.png")
+    [axis] = drawn[0].axes
+    points = np.concatenate([points.get_offsets() for points in axis.collections])
+    np.testing.assert_allclose(points, [(10, 0.7), (30, 0.5)])
+    assert [text.get_text() for text in axis.texts] == ["A", "B"]
+    assert axis.get_ylabel() == "mean AUPRO (1 sets)"
+
+
 def test_binary_classifier_is_trained_with_the_cross_entropy_of_all_images():
     from anomalib_cse.cse.pairs import Pairs
 

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import openvino
 import torch
 
 from anomalib_cse.report.callback import processor
@@ -82,6 +83,12 @@ def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
             run()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[2:]) * 1000 for name, values in seconds.items()}
+
+
+def fixed_batch(network: openvino.CompiledModel) -> int | None:
+    """Return the number of images that a network takes, if its export has fixed it; Patchcore's does, to 2."""
+    batch = network.input(0).partial_shape[0]
+    return batch.get_length() if batch.is_static else None
 
 
 def exported_size(network: Path) -> float:

@@ -33,7 +33,18 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_cse import Cse
 
-from common import OPSET, QUIET, SINGLE_PRECISION, Row, exported_size, hardware, in_child, in_turns, peak_memory
+from common import (
+    OPSET,
+    QUIET,
+    SINGLE_PRECISION,
+    Row,
+    exported_size,
+    fixed_batch,
+    hardware,
+    in_child,
+    in_turns,
+    peak_memory,
+)
 from contenders import Contender, chosen, images_of, parser_of
 from report import METRICS, contact_sheet, not_run, table, trade_off
 
@@ -155,12 +166,13 @@ def save_maps(engine: Engine, model: AnomalibModule, images: AnomalibDataModule,
 
 def latencies(folders: list[Path], rounds: int) -> Row:
     """Return the median milliseconds that each exported model takes for an image as it comes from its dataset."""
-    runs = {}
-    for folder in folders:
-        file = next((folder / "exported").glob("*.xml"))
+    runs, counts = {}, {}
+    for folder in map(str, folders):
+        file = next(Path(folder, "exported").glob("*.xml"))
         network = openvino.Core().compile_model(file, "CPU", {"PERFORMANCE_HINT": "LATENCY", **SINGLE_PRECISION})
-        runs[str(folder)] = partial(network, np.load(folder / "image.npy"))
-    return in_turns(runs, rounds)
+        counts[folder] = fixed_batch(network) or 1
+        runs[folder] = partial(network, np.repeat(np.load(Path(folder, "image.npy")), counts[folder], axis=0))
+    return {folder: milliseconds / counts[folder] for folder, milliseconds in in_turns(runs, rounds).items()}
 
 
 def kept(output: Path, category: str, model: str) -> Path:

@@ -33,7 +33,7 @@ from torchvision.transforms.v2 import CenterCrop
 
 from anomalib_cse import Cse, CseGaussian
 
-from common import OPSET, QUIET, SINGLE_PRECISION, exported_size, hardware, in_child, in_turns, markdown
+from common import OPSET, QUIET, SINGLE_PRECISION, exported_size, fixed_batch, hardware, in_child, in_turns, markdown
 
 WHOLE_224, WHOLE_256 = (PreProcessor(CenterCrop(size)) for size in (224, 256))  # resizing is not measured
 LITE0, B3 = "tf_efficientnet_lite0", "efficientnet_b3"
@@ -70,11 +70,21 @@ class Bare:
     size: int
 
 
+def set_thresholds(model: AnomalibModule) -> None:
+    """Give a model thresholds, without which scores are not scaled."""
+    values = {"min": 0, "max": 1, "threshold": 0.5}
+    state = model.post_processor.state_dict()
+    found = {name: values.get(name.rpartition("_")[2]) for name in state}
+    scaled = {name: torch.full_like(state[name], value) for name, value in found.items() if value is not None}
+    model.post_processor.load_state_dict({**state, **scaled})
+
+
 def cse(backbone: str) -> Cse:
     """Return Cse with a random centre."""
     model = Cse(backbone, pre_trained=False, seed=0, pre_processor=WHOLE_224)
     embedding = model.model.embed(model.model.backbone(torch.rand(1, 3, 224, 224)))
     model.model.set_centres(torch.randn_like(embedding), (224, 224))
+    set_thresholds(model)
     return model
 
 
@@ -87,6 +97,7 @@ def cse_gaussian(backbone: str, *, own: bool = False) -> CseGaussian:
         state[f"maps.{number}.scale"] = torch.ones(grid)
         state[f"maps.{number}.roots"] = roots.repeat(*grid, 1, 1) if own else roots
     model.model.load_state_dict({**state, "image_size": torch.tensor([256, 256])})
+    set_thresholds(model)
     return model
 
 
@@ -219,21 +230,32 @@ def export_bare(backbone: Bare, runtime: Runtime, folder: Path) -> Path:
     return file.with_suffix(".xml")
 
 
-def opened(file: Path, runtime: Runtime) -> Callable[[np.ndarray], object]:
-    """Return an exported network, ready to run."""
+def opened(file: Path, runtime: Runtime) -> tuple[Callable[[np.ndarray], object], int | None]:
+    """Return an exported network, ready to run, and the number of images that it takes, if it is fixed."""
     if runtime.format == "onnx":
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        return lambda images: session.run(None, {"input": images})
-    return openvino.Core().compile_model(file, "CPU", {"PERFORMANCE_HINT": "LATENCY", **runtime.config})
+        batch = session.get_inputs()[0].shape[0]
+        return lambda images: session.run(None, {"input": images}), batch if isinstance(batch, int) else None
+    network = openvino.Core().compile_model(file, "CPU", {"PERFORMANCE_HINT": "LATENCY", **runtime.config})
+    return network, fixed_batch(network)
 
 
 def measure(files: Mapping[str, Path], runtime: Runtime, count: int, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds that each network takes for an image, in batches of so many."""
-    runs = {}
+    """Return the median milliseconds that each network takes for an image, in batches of so many.
+
+    A network whose export has fixed the size of a batch gets batches of that size.
+    """
+    runs, counts = {}, {}
     for name, file in files.items():
-        images = np.random.default_rng(0).random((count, 3, size_of(name), size_of(name)), dtype=np.float32)
-        runs[name] = partial(opened(file, runtime), images)
-    return {name: milliseconds / count for name, milliseconds in in_turns(runs, rounds).items()}
+        try:
+            network, fixed = opened(file, runtime)
+        except RuntimeError as error:  # the others do not depend on it
+            traceback.print_exception(error)
+            continue
+        counts[name] = fixed or count
+        shape = (counts[name], 3, size_of(name), size_of(name))
+        runs[name] = partial(network, np.random.default_rng(0).random(shape, dtype=np.float32))
+    return {name: milliseconds / counts[name] for name, milliseconds in in_turns(runs, rounds).items()}
 
 
 def exported(options: argparse.Namespace) -> dict[str, dict[str, str]]:

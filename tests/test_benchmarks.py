@@ -229,7 +229,9 @@ def test_bare_backbone_gives_what_it_gives_in_torch(tmp_path):
     backbone = latency.MODELS["backbone of Cse, Lite0"]()
     image = np.random.default_rng(0).random((1, 3, 224, 224), dtype=np.float32)
     runtime = latency.RUNTIMES["OpenVINO f32"]
-    found = latency.opened(latency.export(backbone, 224, runtime, tmp_path), runtime)(image)
+    network, fixed = latency.opened(latency.export(backbone, 224, runtime, tmp_path), runtime)
+    assert fixed is None
+    found = network(image)
     with torch.no_grad():
         expected = backbone.net(torch.from_numpy(image))
     assert [features.shape[-1] for features in expected] == [14, 7]

@@ -16,11 +16,13 @@ def resize_matrix(in_size: int, out_size: int, device: torch.device | None = Non
     divisions, subtractions, changes of rank and products of unequal ranks it replaces by others, and with them goes
     what is said of their precision.
     """
+    # samples in the place of channels, which OpenVINO keeps innermost here: it computes along these, not one by one
     centre = (2 * torch.arange(out_size, device=device)[None, None, :, None] + 1) * in_size  # of output i, times 2 m
-    sample = (2 * torch.arange(in_size, device=device)[None, None, None] + 1) * out_size  # of input j, times 2 m
+    sample = (2 * torch.arange(in_size, device=device)[None, :, None, None] + 1) * out_size  # of input j, times 2 m
     half_width: int = 2 * torch.sym_max(in_size, out_size)  # type: ignore[assignment]  # max() would fix a size that is to stay dynamic
     weights = (half_width - (sample - centre).abs()).clamp(min=0)
-    return weights * (weights.sum(dim=-1, keepdim=True).log() * -1).exp()  # weights / their sum
+    weights = weights * (weights.sum(dim=1, keepdim=True).log() * -1).exp()  # weights / their sum
+    return weights.transpose(1, 3)
 
 
 def resize(images: Tensor, size: Sequence[int]) -> Tensor:

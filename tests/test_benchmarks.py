@@ -221,6 +221,20 @@ def test_bare_backbone_gives_what_it_gives_in_torch(tmp_path):
         np.testing.assert_allclose(found[number], features, rtol=1e-3, atol=1e-3)
 
 
+def test_generated_images_all_train_and_half_of_the_noise_quantises(tmp_path):
+    from cost import generated
+    from latency import random_images
+
+    counts = []
+    for make in (lambda folder: generated(folder, 4), lambda folder: random_images(folder, 32, 4)):
+        folder = tmp_path / str(len(counts))
+        folder.mkdir()
+        datamodule = make(folder)
+        datamodule.setup()
+        counts.append((len(datamodule.train_data), len(datamodule.test_data)))
+    assert counts == [(4, 0), (2, 2)]
+
+
 @pytest.mark.parametrize("name", ["Cse", "CseGaussian"])
 def test_cost_of_training_is_measured(name, mvtec_root, backbone):
     from cost import fit

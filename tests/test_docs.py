@@ -91,7 +91,7 @@ def dry_run(*targets):
 def test_makefile_has_the_targets_that_pages_name():
     targets = {words[1] for words in MADE}
     assert {"demo", "test"} <= targets
-    dry_run(*targets)  # fails if one of them is missing
+    assert not [line for line in dry_run(*targets) if "Nothing to be done" in line]  # as of those that have no rule
 
 
 class UnderstoodError(Exception):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomalib_cse import Cse, CseModel
-from anomalib_cse.cse.pairs import Pairing, Pairs
+from anomalib_cse.cse.pairs import Pairs
 from anomalib_cse.cse.torch_model import Embedder
 from anomalib_cse.features import pool, resize
 
@@ -69,7 +69,3 @@ class BinaryClassifier(Cse):
         logits = pool(self.embedder(pairs.together()), self.model.pool_size).mean(dim=(1, 2, 3))
         targets = torch.cat([torch.zeros_like(pairs.corrupted), pairs.corrupted]).float()
         return F.binary_cross_entropy_with_logits(logits, targets)
-
-    def fit_centres(self, pairing: Pairing) -> None:
-        """Set centres of ones: there are none to fit, and without any the model would not score."""
-        self.model.set_centres(torch.ones_like(self.model.centres), self.image_size)

@@ -72,8 +72,8 @@ def generated(folder: Path, count: int) -> Folder:
     for number in range(count):
         image = textures[number % len(textures)].movedim(0, -1).numpy()
         cv2.imwrite(str(folder / "good" / f"{number}.jpg"), image)
-    sizes = {"train_batch_size": 8, "num_workers": 0, "normal_split_ratio": 0}
-    return Folder("generated", root=folder, normal_dir="good", **sizes)
+    options = {"train_batch_size": 8, "num_workers": 0, "test_split_mode": "none", "val_split_mode": "none"}
+    return Folder("generated", root=folder, normal_dir="good", **options)
 
 
 def fit(name: str, options: argparse.Namespace, budget: float, count: int = 0) -> Row:

@@ -168,7 +168,8 @@ def random_images(folder: Path, size: int, count: int = 24) -> Folder:
     for number in range(count):
         image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
         write_png(image, str(folder / "good" / f"{number}.png"))
-    return Folder("noise", root=folder, normal_dir="good", normal_split_ratio=0.5, num_workers=0, eval_batch_size=1)
+    options = {"num_workers": 0, "eval_batch_size": 1, "test_split_ratio": 0.5, "val_split_mode": "same_as_test"}
+    return Folder("noise", root=folder, normal_dir="good", **options)
 
 
 def export_all(name: str, folders: Mapping[str, Path]) -> dict[str, str]:

@@ -198,7 +198,7 @@ def test_binary_classifier_is_trained_with_the_cross_entropy_of_all_images():
     images, corrupted = torch.rand(4, 3, 64, 64), torch.tensor([True, False])
     first, second = (classifier.model.backbone(half) for half in images.chunk(2))
     classifier.model.embedder.load_state_dict(classifier.embedder.state_dict())
-    classifier.fit_centres(None)
+    classifier.model.set_centres(torch.ones(1, 1, 1, 1), (64, 64))  # without which no model scores
     scores = classifier.model(images).pred_score
     expected = -(torch.log(1 - scores[:2]).sum() + torch.log(scores[2]) + torch.log(1 - scores[3])) / 4
     assert torch.isclose(classifier.pair_loss(Pairs(first, second, corrupted)), expected, atol=1e-5)
@@ -237,6 +237,20 @@ def test_bare_backbone_gives_what_it_gives_in_torch(tmp_path):
     assert [features.shape[-1] for features in expected] == [14, 7]
     for number, features in enumerate(expected):
         np.testing.assert_allclose(found[number], features, rtol=1e-3, atol=1e-3)
+
+
+def test_generated_images_all_train_and_half_of_the_noise_quantises(tmp_path):
+    from cost import generated
+    from latency import random_images
+
+    counts = []
+    for make in (lambda folder: generated(folder, 4), lambda folder: random_images(folder, 32, 4)):
+        folder = tmp_path / str(len(counts))
+        folder.mkdir()
+        datamodule = make(folder)
+        datamodule.setup()
+        counts.append((len(datamodule.train_data), len(datamodule.test_data)))
+    assert counts == [(4, 0), (2, 2)]
 
 
 @pytest.mark.parametrize("name", ["Cse", "CseGaussian"])

@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
+from lightning.pytorch.trainer.states import RunningStage
 from torchvision.transforms.v2 import Resize
 
 from tiny import COMMON, MODELS, QUIET, data_of
@@ -120,6 +121,7 @@ REFUSED = [
     ("CseGaussian", {"accumulate_grad_batches": 2}, "accumulate_grad_batches: CseGaussian takes no gradient steps"),
     ("CseGaussian", {"gradient_clip_val": 0.1}, "gradient_clip_val: CseGaussian takes no gradient steps"),
     ("CseGaussian", {"gradient_clip_algorithm": "norm"}, "gradient_clip_algorithm: CseGaussian takes no"),
+    ("CseGaussian", {"min_epochs": 2}, "min_epochs: CseGaussian takes no gradient steps"),
     ("CseGaussian", {"max_steps": 3}, r"max_steps: CseGaussian takes no .*limit_train_batches"),
     ("CseGaussian", {"val_check_interval": 1}, "leave val_check_interval at 1.0, got 1"),
     ("CseGaussian", {"check_val_every_n_epoch": 2}, "no epoch of 1 would be validated"),
@@ -170,6 +172,29 @@ def test_argument_of_the_trainer_is_refused_before_a_step(name, options, message
 def test_no_time_at_all_is_an_error_and_no_model(name, fit):
     with pytest.raises(RuntimeError, match="nothing has been fitted after 0 steps: give more"):
         fit(name, [Timer(timedelta(0))])
+
+
+class AfterABatch(Timer):
+    """A timer that finds its time to be up after the first batch."""
+
+    def __init__(self):
+        super().__init__(timedelta(hours=1))
+        self.has_trained = False
+
+    def time_elapsed(self, stage=RunningStage.TRAINING):
+        return 3601.0 if self.has_trained else 0.0
+
+    def on_train_batch_end(self, trainer, *args, **kwargs):
+        self.has_trained = True
+        super().on_train_batch_end(trainer, *args, **kwargs)
+
+
+@both
+def test_time_that_is_up_within_an_epoch_stops_and_validates(name, fit):
+    model, _, notes = fit(name, [AfterABatch()])
+    assert (notes.batches, len(notes.images), notes.validations) == (1, 3, 1)
+    assert model.model.is_fitted
+    assert model.post_processor.image_threshold.isfinite()
 
 
 @both

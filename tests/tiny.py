@@ -1,14 +1,23 @@
-"""What most tests run: small models without a word, from Python and through anomalib's command line."""
+"""What most tests run: small models without a word, anomalib's command line, and the commands that the docs name."""
 
 import os
+import re
+import shlex
+import string
 import subprocess
 import sys
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
+from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import MVTecAD
 
 from anomalib_cse import Cse, CseGaussian
 
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 ANOMALIB = Path(sys.executable).with_name("anomalib")
 COMMON = {
     "backbone": "test_efficientnet",
@@ -49,7 +58,35 @@ def anomalib(folder, *arguments):
 
 
 def command_line(folder, *arguments):
-    """What anomalib's command line prints, which must succeed."""
-    run = anomalib(folder, *arguments)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return run.stdout
+    """What ``anomalib`` prints when it is run in a folder; in this process, as each start takes seconds."""
+    with chdir(folder), redirect_stdout(StringIO()) as printed:
+        AnomalibCLI([str(argument) for argument in arguments])
+    return printed.getvalue()
+
+
+def metrics(printed):
+    """Names and values of the metrics that ``anomalib`` prints."""
+    return re.findall(r"(\w+_(?:AUROC|F1Score)) +│ +([\d.]+)", printed)
+
+
+def blocks(page, language):
+    """The code that a page has in a language, one text for each block."""
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(page):
+    """The commands of a page's shell blocks, each a list of words, with the values of what was set before them."""
+    values = {}
+    for line in "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines():
+        words = shlex.split(string.Template(line).safe_substitute(values), comments=True)
+        name, is_set, value = (words or [""])[0].partition("=")
+        if is_set and name.isupper():
+            values[name] = value
+        elif words:
+            yield words
+
+
+def mentioned(page):
+    """The commands and options within a page's text, each a list of words."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    yield from map(shlex.split, re.findall(r"`((?:make|anomalib|--\w)[^`]*)`", text))

@@ -84,7 +84,6 @@ def cse(backbone: str) -> Cse:
     model = Cse(backbone, pre_trained=False, seed=0, pre_processor=WHOLE_224)
     embedding = model.model.embed(model.model.backbone(torch.rand(1, 3, 224, 224)))
     model.model.set_centres(torch.randn_like(embedding), (224, 224))
-    set_thresholds(model)
     return model
 
 
@@ -97,7 +96,6 @@ def cse_gaussian(backbone: str, *, own: bool = False) -> CseGaussian:
         state[f"maps.{number}.scale"] = torch.ones(grid)
         state[f"maps.{number}.roots"] = roots.repeat(*grid, 1, 1) if own else roots
     model.model.load_state_dict({**state, "image_size": torch.tensor([256, 256])})
-    set_thresholds(model)
     return model
 
 
@@ -177,6 +175,8 @@ def export_all(name: str, folders: Mapping[str, Path]) -> dict[str, str]:
     files = {}
     with torch.no_grad():
         model = MODELS[name]()
+        if isinstance(model, AnomalibModule):
+            set_thresholds(model)
         for title, folder in folders.items():
             try:
                 files[title] = str(export(model, size_of(name), RUNTIMES[title], folder))

@@ -27,8 +27,12 @@ def resize_matrix(in_size: int, out_size: int, device: torch.device | None = Non
 
 def resize(images: Tensor, size: Sequence[int]) -> Tensor:
     """Resize ``(B, C, H, W)`` to ``(B, C, *size)``, bilinear, antialiased where it reduces."""
-    rows = resize_matrix(images.shape[-2], size[0], images.device)
-    columns = resize_matrix(images.shape[-1], size[1], images.device)
+    height, width = images.shape[-2:]
+    known = isinstance(height, int) and isinstance(width, int)  # an exported graph may leave them open
+    if known and (height, width) == tuple(size):
+        return images
+    rows = resize_matrix(height, size[0], images.device)
+    columns = resize_matrix(width, size[1], images.device)
     # rows last: OpenVINO fails to fuse what is done to channels with a product whose constant is on the right
     return rows.to(images.dtype) @ (images @ columns.to(images.dtype).mT)
 

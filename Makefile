@@ -40,7 +40,7 @@ stress: install
 browser: install
 	$(BIN)/pytest tests/browser
 
-# exported models beside anomalib's and bare backbones; ARGS="--export-only" on a busy machine, again on a quiet one
+# exported models beside anomalib's and bare backbones; first with ARGS="--export-only" if the machine is busy, then when it is not
 bench-latency: install
 	$(BIN)/python benchmarks/latency.py $(ARGS)
 

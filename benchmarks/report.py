@@ -61,7 +61,8 @@ def not_run(lines: pd.DataFrame) -> str:
 def trade_off(lines: pd.DataFrame, latency: pd.DataFrame, file: Path) -> None:
     """Draw AUPRO against milliseconds per image, exported.
 
-    Both are means over sets that all models with a latency have: others would favour one of them.
+    AUPRO is the mean over the sets with masks that all of these models were tested on, latency that over the sets on
+    which all were timed: other sets would favour one of them.
     """
     timed = lines[(lines["failed"] == "") & lines["model"].isin(latency["model"])]
     accuracy, milliseconds = (

@@ -13,19 +13,22 @@ from anomalib.data import ImageItem, PredictDataset  # noqa: E402
 from anomalib.deploy import OpenVINOInferencer  # noqa: E402
 from anomalib.engine import Engine  # noqa: E402
 from lightning.pytorch.utilities.rank_zero import rank_zero_module  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
+import anomalib_cse  # noqa: E402
 from anomalib_cse import CseGaussian  # noqa: E402
 from anomalib_cse.data import SurfaceDemo  # noqa: E402
-from anomalib_cse.data.demo import DEFECTS  # noqa: E402
+from anomalib_cse.data.demo import DEFECT_COUNT, DEFECTS, GOOD_COUNT, TRAIN_COUNT  # noqa: E402
 
-rank_zero_module.log.addFilter(lambda record: "anomalib_cse" in record.pathname)  # not Lightning's hints
+package = str(Path(anomalib_cse.__file__).parent)
+rank_zero_module.log.addFilter(lambda record: record.pathname.startswith(package))  # not Lightning's hints
 
 
 def draw(items: dict[str, ImageItem], file: Path) -> None:
     """Draw a column to an item: image, true mask, heat map and verdict."""
     rows = ("image", "true mask", "heat map", "verdict")
-    figure, axes = plt.subplots(len(rows), len(items), figsize=(7.5, 6.4), layout="constrained")
+    figure = Figure(figsize=(7.5, 6.4), layout="constrained")
+    axes = figure.subplots(len(rows), len(items))
     for column, (kind, item) in zip(axes.T, items.items(), strict=True):
         photograph = item.image.movedim(0, -1).clip(0, 1)
         column[0].set_title(kind)
@@ -44,7 +47,7 @@ def draw(items: dict[str, ImageItem], file: Path) -> None:
     figure.savefig(file)
 
 
-print("Fitting CseGaussian to 40 photographs of bricks", flush=True)
+print(f"Fitting CseGaussian to {TRAIN_COUNT} photographs of bricks", flush=True)
 datamodule = SurfaceDemo(category="brick")
 model = CseGaussian(backbone="pypi:tf_efficientnet_lite0", seed=0)
 engine = Engine(enable_model_summary=False)
@@ -53,7 +56,7 @@ engine.fit(model, datamodule=datamodule)
 seconds = time.perf_counter() - start
 rank_zero_module.log.setLevel(logging.WARNING)  # where the results are is said at the end
 
-print("Testing it on 20 good photographs and 32 with defects", flush=True)
+print(f"Testing it on {GOOD_COUNT} good photographs and {DEFECT_COUNT} of each of {len(DEFECTS)} defects", flush=True)
 [metrics] = engine.test(model, datamodule=datamodule, verbose=False)
 results = Path(engine.trainer.default_root_dir)
 scored = [image for batch in engine.predict(model, datamodule=datamodule) for image in batch]

@@ -289,7 +289,6 @@ def test_few_images_are_as_many_as_are_asked_for_and_other_ones_in_every_draw(mv
     few.main([*map(str, arguments), "--counts", "3", "--draws", "2", "--output", str(tmp_path / "few")])
     lines = pd.read_csv(tmp_path / "few" / "results.csv")
     assert lines["AUPRO"].tolist() == pytest.approx([row["AUPRO"] for row in rows[1:]], abs=1e-3)
-    assert lines["peak MB"].min() > 100
     assert f"| Tiny | 3 | 1 | {lines['AUPRO'].mean():.3g} |" in (tmp_path / "few" / "table.md").read_text()
     with pytest.raises(SystemExit):
         few.main([*map(str, arguments), "--counts", "11", "--output", str(tmp_path / "few")])

@@ -65,7 +65,7 @@ def test_resizing_equals_torchvisions_and_stays_in_range(seed, size, target, dty
     assert resized.max() <= images.max() + roundings
 
 
-@pytest.mark.parametrize("size", [(1024, 1024), (2000, 600), (7, 1000), (1, 1)])
+@pytest.mark.parametrize("size", [(1024, 1024), (2000, 600), (7, 1000), (1, 1), (31, 40), (31, 50), (60, 40)])
 def test_resizing_of_large_and_narrow_images_equals_torchvisions(size):
     images = torch.rand(1, 3, *size)
     assert torch.allclose(ExactResize((31, 40))(images), Resize((31, 40), antialias=True)(images), atol=1e-5)

@@ -1,6 +1,5 @@
 """Notes scores and small pictures while a model is tested or predicts, and has a page made of them."""
 
-import os
 import platform
 import time
 from datetime import datetime
@@ -11,6 +10,7 @@ from typing import Any, cast
 import torch
 from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
+from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor, distributed
@@ -96,6 +96,13 @@ class Report(Callback):
         title = f"{run} of {model}{data and f' on {data}'}"
         write_page(path, title, records, pictures, self.scale, facts, metrics)
         self.written = path
+        # asked here, as components leave the trainer before the last callback's teardown
+        self.draws = any(isinstance(callback, ImageVisualizer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget a run that has broken off."""
+        del trainer, pl_module, stage
+        self.written = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say where the results are, below the metrics that Lightning prints."""
@@ -103,19 +110,21 @@ class Report(Callback):
         if self.written is None:
             return
         folder = self.written.parent
-        checkpoint = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or folder)
         found = {
             self.written: "scores and images, to choose a threshold by",
-            folder / "images": "a picture of each image",
-            checkpoint: "the model",
+            **({folder / "images": "a picture of each image"} if self.draws else {}),
+            **{Path(file): "the model" for file in saved(trainer) if Path(file).is_relative_to(folder)},
         }
-        lines = {
-            os.path.relpath(path, folder): text for path, text in found.items() if path != folder and path.exists()
-        }
-        width = max(map(len, lines))
+        lines = {str(path.relative_to(folder)): text for path, text in found.items() if path.exists()}
+        width = max(map(len, lines), default=0)
         listed = "".join(f"\n  {path:{width}}  {text}" for path, text in lines.items())
         rank_zero_info(f"Results in {folder}{listed}")
         self.written = None
+
+
+def saved(trainer: Trainer) -> list[str]:
+    """Return the best checkpoint that a trainer knows of, if any."""
+    return list(filter(None, [getattr(trainer.checkpoint_callback, "best_model_path", "")]))
 
 
 def scale_of(post_processor: object) -> Scale:

@@ -76,7 +76,12 @@ def page_of(folder, *batches, own=None, run="test"):
     own, report = own or post_processor(), Report("network")
     model = SimpleNamespace(post_processor=own, device=torch.device("cpu"))
     trainer = SimpleNamespace(
-        default_root_dir=folder, fast_dev_run=False, callback_metrics={}, test_dataloaders=[], predict_dataloaders=[]
+        default_root_dir=folder,
+        fast_dev_run=False,
+        callbacks=[],
+        callback_metrics={},
+        test_dataloaders=[],
+        predict_dataloaders=[],
     )
     getattr(report, f"on_{run}_start")(trainer, model)
     for number, outputs in enumerate(batches):

@@ -36,7 +36,11 @@ def write(folder, *, labelled):
     for name, value in own.named_buffers():
         value.fill_({"min": 0, "max": 1, "threshold": 0.5}.get(name.rpartition("_")[2], 0))
     trainer = SimpleNamespace(
-        default_root_dir=folder, fast_dev_run=False, callback_metrics={"image_AUROC": 0.9}, test_dataloaders=[]
+        default_root_dir=folder,
+        fast_dev_run=False,
+        callbacks=[],
+        callback_metrics={"image_AUROC": 0.9},
+        test_dataloaders=[],
     )
     model = SimpleNamespace(post_processor=own, device=torch.device("cpu"))
     report.on_test_start(trainer, model)

@@ -11,14 +11,17 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import openvino
 import torch
 
 from anomalib_cse.report.callback import processor
 
 Row = dict[str, str | float]
+Network = Callable[[np.ndarray], object]  # takes images (B, 3, H, W) in [0, 1]
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}  # for an Engine
 SINGLE_PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO's default is bfloat16 where the processor has it
 OPSET = {"opset_version": 18}  # for exports: anomalib's 14 cannot be had of all networks
@@ -85,10 +88,19 @@ def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     return {name: statistics.median(values[2:]) * 1000 for name, values in seconds.items()}
 
 
-def fixed_batch(network: openvino.CompiledModel) -> int | None:
-    """Return the number of images that a network takes, if its export has fixed it; Patchcore's does, to 2."""
-    batch = network.input(0).partial_shape[0]
-    return batch.get_length() if batch.is_static else None
+def per_image(networks: Mapping[str, tuple[Network, np.ndarray]], rounds: int) -> dict[str, float]:
+    """Return the median milliseconds that each network takes for one of the images that it is given."""
+    found = in_turns({name: partial(network, images) for name, (network, images) in networks.items()}, rounds)
+    return {name: milliseconds / len(networks[name][1]) for name, milliseconds in found.items()}
+
+
+def compiled(file: Path, config: Mapping[str, str]) -> tuple[openvino.CompiledModel, list[int | None]]:
+    """Return an OpenVINO network for the CPU, and the shape of its input, None where that is open.
+
+    Of Patchcore's the export has fixed the number of images, to 2.
+    """
+    network = openvino.Core().compile_model(file, "CPU", {"PERFORMANCE_HINT": "LATENCY", **config})
+    return network, [side.get_length() if side.is_static else None for side in network.input(0).partial_shape]
 
 
 def exported_size(network: Path) -> float:

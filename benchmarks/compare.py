@@ -18,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import openvino
 import pandas as pd
 import torch
 from anomalib.data import AnomalibDataModule
@@ -38,12 +37,12 @@ from common import (
     QUIET,
     SINGLE_PRECISION,
     Row,
+    compiled,
     exported_size,
-    fixed_batch,
     hardware,
     in_child,
-    in_turns,
     peak_memory,
+    per_image,
 )
 from contenders import Contender, chosen, images_of, parser_of
 from report import METRICS, contact_sheet, not_run, table, trade_off
@@ -166,13 +165,11 @@ def save_maps(engine: Engine, model: AnomalibModule, images: AnomalibDataModule,
 
 def latencies(folders: list[Path], rounds: int) -> Row:
     """Return the median milliseconds that each exported model takes for an image as it comes from its dataset."""
-    runs, counts = {}, {}
+    networks = {}
     for folder in map(str, folders):
-        file = next(Path(folder, "exported").glob("*.xml"))
-        network = openvino.Core().compile_model(file, "CPU", {"PERFORMANCE_HINT": "LATENCY", **SINGLE_PRECISION})
-        counts[folder] = fixed_batch(network) or 1
-        runs[folder] = partial(network, np.repeat(np.load(Path(folder, "image.npy")), counts[folder], axis=0))
-    return {folder: milliseconds / counts[folder] for folder, milliseconds in in_turns(runs, rounds).items()}
+        network, (count, *_) = compiled(next(Path(folder, "exported").glob("*.xml")), SINGLE_PRECISION)
+        networks[folder] = network, np.repeat(np.load(Path(folder, "image.npy")), count or 1, axis=0)
+    return per_image(networks, rounds)
 
 
 def kept(output: Path, category: str, model: str) -> Path:

@@ -33,8 +33,20 @@ from torchvision.io import write_png
 from torchvision.transforms.v2 import CenterCrop
 
 from anomalib_cse import Cse, CseGaussian
+from anomalib_cse.deployment import fixed_size
 
-from common import OPSET, QUIET, SINGLE_PRECISION, exported_size, fixed_batch, hardware, in_child, in_turns, markdown
+from common import (
+    OPSET,
+    QUIET,
+    SINGLE_PRECISION,
+    Network,
+    compiled,
+    exported_size,
+    hardware,
+    in_child,
+    markdown,
+    per_image,
+)
 
 WHOLE_224, WHOLE_256 = (PreProcessor(CenterCrop(size)) for size in (224, 256))  # resizing is not measured
 LITE0, B3 = "tf_efficientnet_lite0", "efficientnet_b3"
@@ -155,17 +167,12 @@ MODELS: dict[str, Callable[[], AnomalibModule | Bare]] = {
 }
 
 
-def size_of(name: str) -> int:
-    """Return the side of the images that a model takes, in pixels."""
-    return 224 if name.removeprefix("backbone of ").startswith("Cse,") else 256
-
-
-def random_images(folder: Path, size: int, count: int = 24) -> Folder:
+def random_images(folder: Path, height: int, width: int, count: int = 24) -> Folder:
     """Return images of noise, to quantise activations by: latency does not depend on the ranges."""
     (folder / "good").mkdir()
     generator = torch.Generator().manual_seed(0)
     for number in range(count):
-        image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=generator)
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
         write_png(image, str(folder / "good" / f"{number}.png"))
     options = {"num_workers": 0, "eval_batch_size": 1, "test_split_ratio": 0.5, "val_split_mode": "same_as_test"}
     return Folder("noise", root=folder, normal_dir="good", **options)
@@ -180,26 +187,27 @@ def export_all(name: str, folders: Mapping[str, Path]) -> dict[str, str]:
             set_thresholds(model)
         for title, folder in folders.items():
             try:
-                files[title] = str(export(model, size_of(name), RUNTIMES[title], folder))
+                files[title] = str(export(model, RUNTIMES[title], folder))
             except Exception as error:  # noqa: BLE001  the other runtimes do not depend on it
                 traceback.print_exception(error)
     return files
 
 
-def export(model: AnomalibModule | Bare, size: int, runtime: Runtime, folder: Path) -> Path:
+def export(model: AnomalibModule | Bare, runtime: Runtime, folder: Path) -> Path:
     """Export a model; return its file."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, Bare):
         return export_bare(model, runtime, folder)
+    size = fixed_size(model.pre_processor)
     with TemporaryDirectory() as images:
         return Path(
             Engine(default_root_dir=folder, **QUIET).export(
                 model,
                 runtime.format,
                 export_root=folder,
-                input_size=(size, size),
+                input_size=size,
                 compression_type=runtime.compression,
-                datamodule=random_images(Path(images), size),
+                datamodule=random_images(Path(images), *size),
                 onnx_kwargs=OPSET,
             )
         )
@@ -227,14 +235,13 @@ def export_bare(backbone: Bare, runtime: Runtime, folder: Path) -> Path:
     return file.with_suffix(".xml")
 
 
-def opened(file: Path, runtime: Runtime) -> tuple[Callable[[np.ndarray], object], int | None]:
-    """Return an exported network, ready to run, and the number of images that it takes, if it is fixed."""
-    if runtime.format == "onnx":
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        batch = session.get_inputs()[0].shape[0]
-        return lambda images: session.run(None, {"input": images}), batch if isinstance(batch, int) else None
-    network = openvino.Core().compile_model(file, "CPU", {"PERFORMANCE_HINT": "LATENCY", **runtime.config})
-    return network, fixed_batch(network)
+def opened(file: Path, runtime: Runtime) -> tuple[Network, list[int | None]]:
+    """Return an exported network, ready to run, and the shape of its input, None where that is open."""
+    if runtime.format == "openvino":
+        return compiled(file, runtime.config)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    shape = [side if isinstance(side, int) else None for side in session.get_inputs()[0].shape]
+    return lambda images: session.run(None, {"input": images}), shape
 
 
 def measure(files: Mapping[str, Path], runtime: Runtime, count: int, rounds: int) -> dict[str, float]:
@@ -242,18 +249,17 @@ def measure(files: Mapping[str, Path], runtime: Runtime, count: int, rounds: int
 
     A network whose export has fixed the size of a batch gets batches of that size.
     """
-    runs, counts = {}, {}
+    networks = {}
     for name, file in files.items():
         try:
-            network, fixed = opened(file, runtime)
-            shape = (fixed or count, 3, size_of(name), size_of(name))
-            run = partial(network, np.random.default_rng(0).random(shape, dtype=np.float32))
-            run()
+            network, (fixed, *shape) = opened(file, runtime)
+            images = np.random.default_rng(0).random((fixed or count, *shape), dtype=np.float32)
+            network(images)
         except Exception as error:  # noqa: BLE001  the others do not depend on it
             traceback.print_exception(error)
             continue
-        runs[name], counts[name] = run, shape[0]
-    return {name: milliseconds / counts[name] for name, milliseconds in in_turns(runs, rounds).items()}
+        networks[name] = network, images
+    return per_image(networks, rounds)
 
 
 def exported(options: argparse.Namespace) -> dict[str, dict[str, Path]]:

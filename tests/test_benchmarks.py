@@ -229,8 +229,8 @@ def test_exported_models_are_measured_beside_their_backbones(tmp_path, monkeypat
     assert lines["MB"][0] < lines["MB"][1]
     image = np.random.default_rng(0).random((1, 3, 256, 256), dtype=np.float32)
     file = next((tmp_path / "exported").glob("backbone*/**/*.xml"))
-    network, fixed = latency.opened(file, latency.RUNTIMES["OpenVINO f32"])
-    assert fixed is None
+    network, shape = latency.opened(file, latency.RUNTIMES["OpenVINO f32"])
+    assert shape == [None, 3, 256, 256]
     with torch.no_grad():
         expected = backbone.net(torch.from_numpy(image))
     for found, features in zip(network(image).values(), expected, strict=True):

@@ -79,6 +79,7 @@ def page_of(folder, *batches, own=None, run="test"):
         default_root_dir=folder,
         fast_dev_run=False,
         callbacks=[],
+        checkpoint_callback=None,
         callback_metrics={},
         test_dataloaders=[],
         predict_dataloaders=[],

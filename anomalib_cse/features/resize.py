@@ -45,4 +45,5 @@ def pool(maps: Tensor, size: int) -> Tensor:
 def fuse(maps: Sequence[Tensor]) -> Tensor:
     """Resize maps ``(B, C, h, w)`` to the largest one and concatenate them: ``(B, C1 + C2 + ..., H, W)``."""
     size = max((m.shape[-2:] for m in maps), key=lambda s: s[0] * s[1])
+    # asked here as well: of sizes that an export leaves open, resize() cannot tell that they are equal
     return torch.cat([m if m.shape[-2:] == size else resize(m, size) for m in maps], dim=1)

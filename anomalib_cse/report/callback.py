@@ -34,7 +34,7 @@ class Report(Callback):
 
     def __init__(self, backbone: str) -> None:
         self.backbone = backbone
-        self.written: Path | None = None
+        self.closing = ""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with no images."""
@@ -95,36 +95,34 @@ class Report(Callback):
         metrics = {name: float(value) for name, value in logged.items()} if run == "Test" else {}
         title = f"{run} of {model}{data and f' on {data}'}"
         write_page(path, title, records, pictures, self.scale, facts, metrics)
-        self.written = path
-        # asked here, as components leave the trainer before the last callback's teardown
-        self.draws = any(isinstance(callback, ImageVisualizer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        self.closing = where(path, trainer)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget a run that has broken off."""
         del trainer, pl_module, stage
-        self.written = None
+        self.closing = ""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say where the results are, below the metrics that Lightning prints."""
-        del pl_module, stage
-        if self.written is None:
-            return
-        folder = self.written.parent
-        found = {
-            self.written: "scores and images, to choose a threshold by",
-            **({folder / "images": "a picture of each image"} if self.draws else {}),
-            **{Path(file): "the model" for file in saved(trainer) if Path(file).is_relative_to(folder)},
-        }
-        lines = {str(path.relative_to(folder)): text for path, text in found.items() if path.exists()}
-        width = max(map(len, lines), default=0)
-        listed = "".join(f"\n  {path:{width}}  {text}" for path, text in lines.items())
-        rank_zero_info(f"Results in {folder}{listed}")
-        self.written = None
+        del trainer, pl_module, stage
+        if self.closing:
+            rank_zero_info(self.closing)
+        self.closing = ""
 
 
-def saved(trainer: Trainer) -> list[str]:
-    """Return the best checkpoint that a trainer knows of, if any."""
-    return list(filter(None, [getattr(trainer.checkpoint_callback, "best_model_path", "")]))
+def where(page: Path, trainer: Trainer) -> str:
+    """Return where a run's page, pictures and checkpoint are, as far as they lie in one folder."""
+    folder, checkpoint = page.parent, getattr(trainer.checkpoint_callback, "best_model_path", "")
+    drawn = any(isinstance(callback, ImageVisualizer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    saved = checkpoint and Path(checkpoint).is_relative_to(folder)  # Lightning restores that of an earlier run, too
+    found = {
+        page: "scores and images, to choose a threshold by",
+        **({folder / "images": "a picture of each image"} if drawn else {}),
+        **({Path(checkpoint): "the model"} if saved else {}),
+    }
+    lines = {str(path.relative_to(folder)): text for path, text in found.items() if path.exists()}
+    width = max(map(len, lines))
+    return f"Results in {folder}" + "".join(f"\n  {path:{width}}  {text}" for path, text in lines.items())
 
 
 def scale_of(post_processor: object) -> Scale:

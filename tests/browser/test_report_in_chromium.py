@@ -39,6 +39,7 @@ def write(folder, *, labelled):
         default_root_dir=folder,
         fast_dev_run=False,
         callbacks=[],
+        checkpoint_callback=None,
         callback_metrics={"image_AUROC": 0.9},
         test_dataloaders=[],
     )

@@ -88,10 +88,23 @@ def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     return {name: statistics.median(values[2:]) * 1000 for name, values in seconds.items()}
 
 
-def per_image(networks: Mapping[str, tuple[Network, np.ndarray]], rounds: int) -> dict[str, float]:
-    """Return the median milliseconds that each network takes for one of the images that it is given."""
-    found = in_turns({name: partial(network, images) for name, (network, images) in networks.items()}, rounds)
-    return {name: milliseconds / len(networks[name][1]) for name, milliseconds in found.items()}
+def per_image(opened: Mapping[str, Callable[[], tuple[Network, np.ndarray]]], rounds: int) -> dict[str, float]:
+    """Return the median milliseconds that each network takes for one of its images; those that fail are left out.
+
+    Args:
+        opened: Gives a network and its images, and may fail.
+        rounds: Of the measurement.
+    """
+    runs, counts = {}, {}
+    for name, ready in opened.items():
+        try:
+            network, images = ready()
+            network(images)
+        except Exception as error:  # noqa: BLE001  the others do not depend on it
+            traceback.print_exception(error)
+            continue
+        runs[name], counts[name] = partial(network, images), len(images)
+    return {name: milliseconds / counts[name] for name, milliseconds in in_turns(runs, rounds).items()}
 
 
 def compiled(file: Path, config: Mapping[str, str]) -> tuple[openvino.CompiledModel, list[int | None]]:

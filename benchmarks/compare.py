@@ -36,6 +36,7 @@ from common import (
     OPSET,
     QUIET,
     SINGLE_PRECISION,
+    Network,
     Row,
     compiled,
     exported_size,
@@ -163,13 +164,15 @@ def save_maps(engine: Engine, model: AnomalibModule, images: AnomalibDataModule,
     )
 
 
+def opened(folder: Path) -> tuple[Network, np.ndarray]:
+    """Return the exported model that a cell has left, ready to run, and an image as it comes from its dataset."""
+    network, (count, *_) = compiled(next((folder / "exported").glob("*.xml")), SINGLE_PRECISION)
+    return network, np.repeat(np.load(folder / "image.npy"), count or 1, axis=0)
+
+
 def latencies(folders: list[Path], rounds: int) -> Row:
-    """Return the median milliseconds that each exported model takes for an image as it comes from its dataset."""
-    networks = {}
-    for folder in map(str, folders):
-        network, (count, *_) = compiled(next(Path(folder, "exported").glob("*.xml")), SINGLE_PRECISION)
-        networks[folder] = network, np.repeat(np.load(Path(folder, "image.npy")), count or 1, axis=0)
-    return per_image(networks, rounds)
+    """Return the median milliseconds that each exported model takes for an image, if it does not fail."""
+    return per_image({str(folder): partial(opened, folder) for folder in folders}, rounds)
 
 
 def kept(output: Path, category: str, model: str) -> Path:
@@ -244,7 +247,8 @@ def measure_latency(options: argparse.Namespace, lines: pd.DataFrame) -> pd.Data
     if "failed" in result:
         print(f"latency could not be measured: {result['failed']}", flush=True)
         return known
-    latency = pd.DataFrame([(*cell, result[str(folder)]) for cell, folder in folders.items()], columns=columns)
+    measured = [(*cell, result[str(folder)]) for cell, folder in folders.items() if str(folder) in result]
+    latency = pd.DataFrame(measured, columns=columns)
     latency.to_csv(options.output / "latency.csv", index=False)
     return latency
 

@@ -244,22 +244,15 @@ def opened(file: Path, runtime: Runtime) -> tuple[Network, list[int | None]]:
     return lambda images: session.run(None, {"input": images}), shape
 
 
-def measure(files: Mapping[str, Path], runtime: Runtime, count: int, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds that each network takes for an image, in batches of so many.
+def with_images(file: Path, runtime: Runtime, count: int) -> tuple[Network, np.ndarray]:
+    """Return an exported network and so many images, or as many as its export has fixed."""
+    network, (fixed, *shape) = opened(file, runtime)
+    return network, np.random.default_rng(0).random((fixed or count, *shape), dtype=np.float32)
 
-    A network whose export has fixed the size of a batch gets batches of that size.
-    """
-    networks = {}
-    for name, file in files.items():
-        try:
-            network, (fixed, *shape) = opened(file, runtime)
-            images = np.random.default_rng(0).random((fixed or count, *shape), dtype=np.float32)
-            network(images)
-        except Exception as error:  # noqa: BLE001  the others do not depend on it
-            traceback.print_exception(error)
-            continue
-        networks[name] = network, images
-    return per_image(networks, rounds)
+
+def measure(files: Mapping[str, Path], runtime: Runtime, count: int, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds that each network takes for an image, in batches of so many."""
+    return per_image({name: partial(with_images, file, runtime, count) for name, file in files.items()}, rounds)
 
 
 def exported(options: argparse.Namespace) -> dict[str, dict[str, Path]]:

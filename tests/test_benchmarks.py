@@ -156,6 +156,18 @@ def test_process_that_dies_is_a_result():
     assert "MemoryError" in in_child(partial(bytearray, 2**33), memory_limit=1)["failed"]
 
 
+def test_network_that_fails_does_not_spoil_the_others(monkeypatch):
+    import common
+
+    def broken(*_):
+        raise RuntimeError
+
+    images = np.zeros((2, 3, 4, 4), np.float32)
+    monkeypatch.setattr(common, "in_turns", lambda runs, rounds: dict.fromkeys(runs, 30.0))
+    opened = {"unreadable": broken, "fails": lambda: (broken, images), "runs": lambda: (np.sum, images)}
+    assert common.per_image(opened, rounds=3) == {"runs": 15.0}  # of two images
+
+
 def test_table_gives_mean_and_spread_over_the_seeds():
     from report import not_run, table
 

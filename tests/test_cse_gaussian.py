@@ -1,8 +1,10 @@
 """The closed form against naive loops in numpy, and under anomalib's engine."""
 
 import copy
+import os
 from collections import Counter
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -127,6 +129,26 @@ def images_of(kind, count=16):
         images = 3 * F.avg_pool2d(images, 9, stride=1, padding=4)
     images[:, :, 0, 0] = torch.tensor([-0.1, 0.1, 0.1, 0.1, 0.1]).repeat(count)[:count, None]  # every fifth stays clean
     return images + 0.5
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@torch.no_grad()
+def test_the_process_grows_by_the_images_that_are_kept():
+    model = CseGaussianModel("tf_efficientnet_lite0", pre_trained=False)
+    sample = TrainingSample(2**30, torch.Generator().manual_seed(0))
+    before = bytes_kept = 0
+    for batch in range(16):
+        images = torch.rand(8, 3, 256, 256)
+        features = model.smoothed_features(images)
+        sample.add(images, features)
+        if batch < 4:  # until all that is needed for a batch has been taken once
+            before = resident()
+        else:
+            bytes_kept += sum(values.nbytes for values in (images, *features))
+    assert resident() - before < 2 * bytes_kept
+
 
 
 def sample_of(model, images, budget=2**30, batch=5):

@@ -130,6 +130,7 @@ def images_of(kind, count=16):
     images[:, :, 0, 0] = torch.tensor([-0.1, 0.1, 0.1, 0.1, 0.1]).repeat(count)[:count, None]  # every fifth stays clean
     return images + 0.5
 
+
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -148,7 +149,6 @@ def test_the_process_grows_by_the_images_that_are_kept():
         else:
             bytes_kept += sum(values.nbytes for values in (images, *features))
     assert resident() - before < 2 * bytes_kept
-
 
 
 def sample_of(model, images, budget=2**30, batch=5):

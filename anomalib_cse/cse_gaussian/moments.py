@@ -66,9 +66,10 @@ class Moments:
         weighted = vectors * count[..., None]
         self.weight += count.sum(dim=-1, keepdim=True)
         self.first += weighted.sum(dim=-2)
-        first, second = (values.reshape(-1, *values.shape[-2:]) for values in (weighted, vectors))
+        second = self.second.view(-1, *self.second.shape[-2:])  # of all kinds
+        shape = (len(second), *vectors.shape[-2:])
         # in place: a product made first and added next to what is kept for good would leave the heap in fragments
-        self.second.view(-1, *self.second.shape[-2:]).baddbmm_(first.mT, second)
+        second.baddbmm_(weighted.reshape(shape).mT, vectors.reshape(shape))
 
     def add_maps(self, features: Tensor, weights: Tensor) -> None:
         """Add feature maps ``(B, C, h, w)``, of weights ``(B, h, w)``; a grid has every position for itself."""

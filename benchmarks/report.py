@@ -71,6 +71,7 @@ def trade_off(lines: pd.DataFrame, latency: pd.DataFrame, file: Path) -> None:
     )
     if accuracy.empty or milliseconds.empty:
         return
+    sets = accuracy.shape[1]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, model in enumerate(accuracy.index):
         point = milliseconds.loc[model].mean(), accuracy.loc[model].mean()
@@ -79,7 +80,7 @@ def trade_off(lines: pd.DataFrame, latency: pd.DataFrame, file: Path) -> None:
     axis.set(
         xscale="log",
         xlabel="milliseconds per image, exported to OpenVINO",
-        ylabel=f"mean AUPRO ({accuracy.shape[1]} sets)",
+        ylabel=f"mean AUPRO ({sets} sets)" if sets > 1 else "AUPRO",
     )
     axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")

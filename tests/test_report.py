@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import Folder, ImageBatch
 from anomalib.engine import Engine
 from PIL import Image
 from sklearn.metrics import precision_recall_curve, roc_curve
@@ -129,19 +129,26 @@ def test_page_says_what_the_model_has_scored(name, trained, mvtec_root, tmp_path
     assert "8 images, without labels" in predicted.text
 
 
-def test_run_ends_with_where_its_results_are(mvtec_root, tmp_path, monkeypatch):
+LINES = {
+    "report.html": "scores and images, to choose a threshold by",
+    "images": "a picture of each image",
+    "weights/lightning/model.ckpt": "the model",
+}
+
+
+@pytest.mark.parametrize("tests", [True, False])
+def test_run_ends_with_where_its_results_are(tests, mvtec_root, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("anomalib_cse.report.callback.rank_zero_info", said.append)
-    model = MODELS["CseGaussian"](**{**COMMON, "report": True})
-    engine = Engine(default_root_dir=tmp_path, **QUIET)
-    engine.train(model, datamodule=data_of(mvtec_root))
-    folder = engine.trainer.default_root_dir
-    assert said == [
-        f"Results in {folder}\n"
-        "  report.html                   scores and images, to choose a threshold by\n"
-        "  images                        a picture of each image\n"
-        "  weights/lightning/model.ckpt  the model"
-    ]
+    good = {"normal_dir": mvtec_root / "tiny" / "train" / "good", "num_workers": 0}
+    data = data_of(mvtec_root) if tests else Folder("tiny", val_split_mode="none", test_split_mode="none", **good)
+    model = MODELS["CseGaussian"](**{**COMMON, "report": True, "reject_rate": None if tests else 0.1})
+    engine = Engine(default_root_dir=tmp_path, limit_val_batches=float(tests), **QUIET)
+    engine.train(model, datamodule=data)
+    found = list(LINES) if tests else ["weights/lightning/model.ckpt"]
+    folder, width = engine.trainer.default_root_dir, max(map(len, found))
+    [closing] = said
+    assert closing.splitlines() == [f"Results in {folder}", *(f"  {file:{width}}  {LINES[file]}" for file in found)]
 
 
 @both

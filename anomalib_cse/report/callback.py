@@ -12,6 +12,7 @@ from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
@@ -103,24 +104,28 @@ class Report(Callback):
         self.closing = ""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say where the results are, below the metrics that Lightning prints."""
-        del trainer, pl_module, stage
+        """Say where the results are, below the metrics that Lightning prints, also if there were no images to test."""
+        del pl_module
+        if not self.closing and stage == TrainerFn.TESTING:
+            self.closing = where(None, trainer)
         if self.closing:
             rank_zero_info(self.closing)
         self.closing = ""
 
 
-def where(page: Path, trainer: Trainer) -> str:
-    """Return where a run's page, pictures and checkpoint are, as far as they lie in one folder."""
-    folder, checkpoint = page.parent, getattr(trainer.checkpoint_callback, "best_model_path", "")
+def where(page: Path | None, trainer: Trainer) -> str:
+    """Return where a run's page, pictures and checkpoint are, as far as they lie in its folder, or nothing."""
+    folder, checkpoint = Path(trainer.default_root_dir), getattr(trainer.checkpoint_callback, "best_model_path", "")
     drawn = any(isinstance(callback, ImageVisualizer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     saved = checkpoint and Path(checkpoint).is_relative_to(folder)  # Lightning restores that of an earlier run, too
     found = {
-        page: "scores and images, to choose a threshold by",
-        **({folder / "images": "a picture of each image"} if drawn else {}),
+        **({page: "scores and images, to choose a threshold by"} if page else {}),
+        **({folder / "images": "a picture of each image"} if page and drawn else {}),
         **({Path(checkpoint): "the model"} if saved else {}),
     }
     lines = {str(path.relative_to(folder)): text for path, text in found.items() if path.exists()}
+    if not lines:
+        return ""
     width = max(map(len, lines))
     return f"Results in {folder}" + "".join(f"\n  {path:{width}}  {text}" for path, text in lines.items())
 

@@ -30,8 +30,6 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import CenterCrop, Resize
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_cse import Cse
-
 from common import (
     OPSET,
     QUIET,
@@ -83,19 +81,14 @@ def run_cell(cell: Cell, accelerator: str, keep: Path | None) -> Row:
     epochs = cell.contender.epochs(model)
     images = images_of(cell.dataset, cell.contender.train_batch_size)
     with TemporaryDirectory() as folder:
-        engine = Engine(
-            max_epochs=epochs,
-            # for thresholds alone: labelled images choose no epoch, and Cse's is chosen before, by a hold-out loss
-            check_val_every_n_epoch=1 if isinstance(model, Cse) else epochs,
-            accelerator=accelerator,
-            devices=1,
-            callbacks=cell.contender.callbacks,
-            default_root_dir=folder,
-            **QUIET,
-        )
+        trainer = {"accelerator": accelerator, "devices": 1, "default_root_dir": folder, **QUIET}
+        # labelled images choose no epoch, and take a while to score: Cse's is chosen by a hold-out loss
+        engine = Engine(max_epochs=epochs, limit_val_batches=0, callbacks=cell.contender.callbacks, **trainer)
         start = time.perf_counter()
         engine.fit(model, datamodule=images)
         seconds = time.perf_counter() - start
+        engine = Engine(callbacks=cell.contender.callbacks, **trainer)
+        engine.validate(model, datamodule=images, verbose=False)  # for thresholds
         [metrics] = engine.test(model, datamodule=images, verbose=False)
         costs = {"fit_s": seconds, "peak_MB": peak_memory()}  # before export, which takes memory of its own
         return {**metrics, **costs, **leave(engine, model, images, Path(folder), keep)}

@@ -149,8 +149,11 @@ class GaussianMap(DynamicBufferMixin):
     def distances(self, features: Tensor) -> Tensor:
         """Return distances ``(B, 1, h, w)``, before they are scaled, of features ``(B, C, h, w)``."""
         # the mean is taken off first: a product with something added to it, OpenVINO rounds
-        embedding = (features.permute(2, 3, 0, 1) - self.mean) @ self.directions  # (h, w, B, D)
-        coordinates = embedding @ self.roots
+        centred = features.permute(2, 3, 0, 1) - self.mean  # (h, w, B, C)
+        if self.has_positions:
+            coordinates = centred @ self.directions @ self.roots
+        else:  # one matrix, once exported
+            coordinates = centred @ (self.directions @ self.roots)
         # a dimension that is kept, as OpenVINO rounds one that is added
         return (coordinates * coordinates).sum(dim=-1, keepdim=True).sqrt().permute(2, 3, 0, 1)
 

@@ -268,6 +268,14 @@ def test_folders_without_a_layout_are_all_training_images(category, capsys):
     assert written(capsys, *parts) == ("14 training images, 96x72 pixels, colour, 8 bits", [], [], 0)
 
 
+def test_the_command_says_that_images_of_several_folders_are_all_taken_for_good(category, capsys):
+    *_, [doubt], code = written(capsys, category / "test")
+    assert doubt.endswith(
+        f"{category / 'test'} has images in 2 folders, all taken for good ones to train with: 4 in good, 4 in square"
+    )
+    assert code == 0
+
+
 def test_the_command_reads_masks_and_refuses_what_is_no_dataset(category, capsys):
     masks = sorted((category / "ground_truth" / "square").iterdir())
     Image.new("L", (96, 72)).save(masks[0])

@@ -148,7 +148,12 @@ def test_run_ends_with_where_its_results_are(tests, mvtec_root, tmp_path, monkey
     found = list(LINES) if tests else ["weights/lightning/model.ckpt"]
     folder, width = engine.trainer.default_root_dir, max(map(len, found))
     [closing] = said
-    assert closing.splitlines() == [f"Results in {folder}", *(f"  {file:{width}}  {LINES[file]}" for file in found)]
+    untested = [] if tests else ["No images were tested."]
+    assert closing.splitlines() == [
+        *untested,
+        f"Results in {folder}",
+        *(f"  {file:{width}}  {LINES[file]}" for file in found),
+    ]
 
 
 @both

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warn_of_files(files_of((*training, *test)))
     seen = look(training, [], test)
     errors = list(dict.fromkeys((*errors, *seen.errors)))
-    doubts = [*(str(warning.message) for warning in caught), *seen.warnings]
+    doubts = [*(str(warning.message) for warning in caught), *seen.warnings, *mixed(options.folder)]
     if options.backbone and not errors:
         try:
             doubts += unlike_others(options.folder, options.backbone)
@@ -77,6 +78,19 @@ def samples_in(folder: Path) -> tuple[list[Sample], list[Sample]]:
     return [Sample(str(path)) for path in images_below(folder / "train" / "good")], [
         Sample(str(path), masks.get((path.parent.name, f"{path.stem}_mask"), ""), path.parent.name != "good")
         for path in images_below(folder / "test")
+    ]
+
+
+def mixed(folders: Sequence[Path]) -> list[str]:
+    """Return which folders have images in several folders below them, all of which count as training images."""
+    found = {
+        folder: Counter(path.parent for path in images_below(folder)) for folder in folders if not is_category(folder)
+    }
+    return [
+        f"{folder} has images in {len(counts)} folders, all taken for good ones to train with: "
+        + ", ".join(f"{counts[below]} in {below.relative_to(folder)}" for below in sorted(counts))
+        for folder, counts in found.items()
+        if len(counts) > 1
     ]
 
 

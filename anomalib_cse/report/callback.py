@@ -104,10 +104,10 @@ class Report(Callback):
         self.closing = ""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say where the results are, below the metrics that Lightning prints, also if there were no images to test."""
+        """Say where the results are, below the metrics that Lightning prints, also if no images were tested."""
         del pl_module
-        if not self.closing and stage == TrainerFn.TESTING:
-            self.closing = where(None, trainer)
+        if not self.closing and stage == TrainerFn.TESTING and not any(trainer.num_test_batches):
+            self.closing = "\n".join(filter(None, ("No images were tested.", where(None, trainer))))
         if self.closing:
             rank_zero_info(self.closing)
         self.closing = ""

@@ -83,12 +83,13 @@ def run_cell(cell: Cell, accelerator: str, keep: Path | None) -> Row:
     with TemporaryDirectory() as folder:
         trainer = {"accelerator": accelerator, "devices": 1, "default_root_dir": folder, **QUIET}
         # labelled images choose no epoch, and take a while to score: Cse's is chosen by a hold-out loss
-        engine = Engine(max_epochs=epochs, limit_val_batches=0, callbacks=cell.contender.callbacks, **trainer)
+        alone = {"max_epochs": epochs, "limit_val_batches": 0, "limit_test_batches": 0}
+        engine = Engine(callbacks=cell.contender.callbacks, **alone, **trainer)
         start = time.perf_counter()
         engine.fit(model, datamodule=images)
         seconds = time.perf_counter() - start
         engine = Engine(callbacks=cell.contender.callbacks, **trainer)
-        engine.validate(model, datamodule=images, verbose=False)  # for thresholds
+        engine.validate(model, datamodule=images, verbose=False)  # for thresholds, and scores from 0 to 1
         [metrics] = engine.test(model, datamodule=images, verbose=False)
         costs = {"fit_s": seconds, "peak_MB": peak_memory()}  # before export, which takes memory of its own
         return {**metrics, **costs, **leave(engine, model, images, Path(folder), keep)}

@@ -27,7 +27,7 @@ from tiny import COMMON, QUIET
 ROOT = Path(__file__).parents[1]
 LISTS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
 TINY = {key: list(v) if isinstance(v, tuple) else v for key, v in COMMON.items() if key != "seed"}
-BINARY = {"name": "Binary", "class_path": "classifier.BinaryClassifier", "init_args": TINY, "max_epochs": 2}
+GAUSSIAN = {"name": "Gaussian", "class_path": "anomalib_cse.CseGaussian", "init_args": TINY}
 BROKEN = {"name": "Broken", "class_path": "anomalib_cse.Cse", "init_args": {"num_centres": 0}}
 
 
@@ -53,7 +53,7 @@ def compared(mvtec_root, tmp_path_factory):
     import compare
 
     folder = tmp_path_factory.mktemp("compare")
-    (folder / "models.yaml").write_text(yaml.safe_dump({"models": [BROKEN, {**BINARY, "note": "tiny"}]}))
+    (folder / "models.yaml").write_text(yaml.safe_dump({"models": [BROKEN, {**GAUSSIAN, "note": "tiny"}]}))
     arguments = ["--config", str(folder / "models.yaml"), "--root", str(mvtec_root), "--categories", "tiny"]
     arguments += ["--seeds", "0", "--rounds", "2", "--output", str(folder / "output")]
     child = compare.in_child
@@ -65,18 +65,21 @@ def compared(mvtec_root, tmp_path_factory):
 
 def test_comparison_makes_a_table_and_a_failed_model_stops_nothing(compared):
     _, output = compared
-    broken, binary = pd.read_csv(output / "results.csv").fillna({"failed": ""}).to_dict("records")
-    assert (broken["model"], binary["model"]) == ("Broken", "Binary")
+    broken, gaussian = pd.read_csv(output / "results.csv").fillna({"failed": ""}).to_dict("records")
+    assert (broken["model"], gaussian["model"]) == ("Broken", "Gaussian")
     assert "num_centres must be" in broken["failed"]
-    assert binary["failed"] == ""
-    assert all(binary[name] > 0 for name in ("fit_s", "exported_MB", "peak_MB", "image_F1Score"))
-    assert all(0 <= binary[name] <= 1 for name in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"))
+    assert gaussian["failed"] == ""
+    assert all(gaussian[name] > 0 for name in ("fit_s", "exported_MB", "peak_MB", "image_F1Score"))
+    assert all(0 <= gaussian[name] <= 1 for name in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"))
     [latency] = pd.read_csv(output / "latency.csv")["ms"]
     assert latency > 0
     assert {file.name for file in output.glob("*.png")} == {"maps_tiny.png", "trade_off.png"}
     assert len(list(output.glob("kept/*/exported/model.xml"))) == 1
+    [maps] = output.glob("kept/*/maps.npz")
+    drawn = np.load(maps)
+    assert all(0 <= drawn[name].min() < drawn[name].max() <= 1 for name in ("maps", "scores"))  # scaled by validation
     text = (output / "table.md").read_text()
-    assert "| 1 | tiny |" in next(line for line in text.splitlines() if line.startswith("| Binary"))
+    assert "| 1 | tiny |" in next(line for line in text.splitlines() if line.startswith("| Gaussian"))
     assert "| Broken | tiny | 0 | ValueError: num_centres must be" in text
 
 
@@ -87,7 +90,7 @@ def test_comparison_goes_on_where_it_was_broken_off(compared, capsys):
     before = (output / "results.csv").read_bytes()
     main(arguments)
     assert "2 cells are done, 0 to do" in capsys.readouterr().out
-    main([*arguments, "--models", "Binary", "--retry-failed"])  # failures that were not asked about are kept
+    main([*arguments, "--models", "Gaussian", "--retry-failed"])  # failures that were not asked about are kept
     assert "2 cells are done, 0 to do" in capsys.readouterr().out
     assert (output / "results.csv").read_bytes() == before
 
@@ -96,7 +99,7 @@ def test_changed_model_wants_another_name(compared, tmp_path):
     from compare import main
 
     arguments, _ = compared
-    (tmp_path / "models.yaml").write_text(yaml.safe_dump({"models": [{**BINARY, "max_epochs": 3}]}))
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump({"models": [{**GAUSSIAN, "train_batch_size": 3}]}))
     with pytest.raises(SystemExit, match="other settings"):
         main([*arguments, "--config", str(tmp_path / "models.yaml")])
 
@@ -105,7 +108,7 @@ def test_changed_model_wants_another_name(compared, tmp_path):
     ("wrong", "message"),
     [
         (["--categories", "tiny", "square"], "square has no train/good"),
-        (["--models", "Nothing"], "has the models Broken, Binary; got Nothing"),
+        (["--models", "Nothing"], "has the models Broken, Gaussian; got Nothing"),
     ],
 )
 def test_datasets_and_models_must_exist(wrong, message, compared, capsys):
@@ -201,7 +204,7 @@ def test_trade_off_is_of_sets_that_all_models_have(tmp_path, monkeypatch):
     points = np.concatenate([points.get_offsets() for points in axis.collections])
     np.testing.assert_allclose(points, [(10, 0.7), (30, 0.5)])
     assert [text.get_text() for text in axis.texts] == ["A", "B"]
-    assert axis.get_ylabel() == "mean AUPRO (1 sets)"
+    assert axis.get_ylabel() == "AUPRO"
 
 
 def test_binary_classifier_is_trained_with_the_cross_entropy_of_all_images():

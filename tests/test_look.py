@@ -269,10 +269,12 @@ def test_folders_without_a_layout_are_all_training_images(category, capsys):
 
 
 def test_the_command_says_that_images_of_several_folders_are_all_taken_for_good(category, capsys):
-    *_, [doubt], code = written(capsys, category / "test")
-    assert doubt.endswith(
-        f"{category / 'test'} has images in 2 folders, all taken for good ones to train with: 4 in good, 4 in square"
+    test = category / "test"
+    *_, [doubt], code = written(capsys, test)
+    told = (
+        f"{test} has images in 2 folders, all taken for good ones to train with: 4 in {test}/good, 4 in {test}/square"
     )
+    assert doubt.endswith(told)
     assert code == 0
 
 

@@ -157,7 +157,9 @@ def test_run_ends_with_where_its_results_are(tests, mvtec_root, tmp_path, monkey
 
 
 @both
-def test_page_is_not_written_where_it_is_not_wanted(name, trained, mvtec_root, tmp_path):
+def test_page_is_not_written_where_it_is_not_wanted(name, trained, mvtec_root, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("anomalib_cse.report.callback.rank_zero_info", said.append)
     data, path = data_of(mvtec_root), trained[name][1]
     for options, report in (({}, False), ({"fast_dev_run": True}, True)):
         model = MODELS[name].load_from_checkpoint(path, report=report)
@@ -165,6 +167,7 @@ def test_page_is_not_written_where_it_is_not_wanted(name, trained, mvtec_root, t
         engine.test(model, datamodule=data, verbose=False)
         engine.predict(model, data_path=mvtec_root / "tiny" / "test")
     assert not list(tmp_path.rglob("*.html"))
+    assert not said
 
 
 def test_names_are_shown_as_they_are(tmp_path):

@@ -21,6 +21,8 @@ from .datamodules import check_layout
 from .image_check import errors_in, files_of
 from .look import Sample, look
 
+NAMED = 5  # folders in a message
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read all images of some folders whole, and write what is there, what is wrong, and what may be.
@@ -88,7 +90,8 @@ def mixed(folders: Sequence[Path]) -> list[str]:
     }
     return [
         f"{folder} has images in {len(counts)} folders, all taken for good ones to train with: "
-        + ", ".join(f"{counts[below]} in {below.relative_to(folder)}" for below in sorted(counts))
+        + ", ".join(f"{counts[below]} in {below}" for below in sorted(counts)[:NAMED])
+        + (" and more" if len(counts) > NAMED else "")
         for folder, counts in found.items()
         if len(counts) > 1
     ]

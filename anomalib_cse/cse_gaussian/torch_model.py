@@ -149,13 +149,14 @@ class GaussianMap(DynamicBufferMixin):
     def distances(self, features: Tensor) -> Tensor:
         """Return distances ``(B, 1, h, w)``, before they are scaled, of features ``(B, C, h, w)``."""
         # the mean is taken off first: a product with something added to it, OpenVINO rounds
-        centred = features.permute(2, 3, 0, 1) - self.mean  # (h, w, B, C)
+        centred = features.permute(0, 2, 3, 1) - self.mean  # (B, h, w, C)
         if self.has_positions:
-            coordinates = centred @ self.directions @ self.roots
-        else:  # one matrix, once exported
-            coordinates = centred @ (self.directions @ self.roots)
+            embedding = (centred @ self.directions).permute(1, 2, 0, 3)  # (h, w, B, D)
+            coordinates = (embedding @ self.roots).permute(2, 0, 1, 3)
+        else:
+            coordinates = centred @ (self.directions @ self.roots)  # one matrix, once exported
         # a dimension that is kept, as OpenVINO rounds one that is added
-        return (coordinates * coordinates).sum(dim=-1, keepdim=True).sqrt().permute(2, 3, 0, 1)
+        return (coordinates * coordinates).sum(dim=-1, keepdim=True).sqrt().permute(0, 3, 1, 2)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return distances ``(B, 1, h, w)``, about 1 on average, of features ``(B, C, h, w)``."""

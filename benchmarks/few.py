@@ -34,6 +34,9 @@ def measure(contender: Contender, dataset: Path, count: int, draw: int) -> Row:
         root=dataset.parent, category=dataset.name, train_batch_size=contender.train_batch_size, num_workers=0
     )
     images.setup(TrainerFn.FITTING)  # without a stage, the fit would do it again
+    if len(images.train_data) < count:
+        msg = f"{dataset} gives {len(images.train_data)} images to train with, not {count}: has it test images?"
+        raise ValueError(msg)
     drawn = np.random.default_rng((draw, count)).permutation(len(images.train_data))[:count]
     images.train_data = images.train_data.subsample(sorted(drawn.tolist()))
     seed_everything(draw, verbose=False)

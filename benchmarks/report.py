@@ -14,6 +14,7 @@ from common import markdown
 
 mpl.use("agg")
 
+CLOSE = 0.03  # in AUPRO, of two points of a picture
 METRICS = ["image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO"]
 COSTS = {"fit_s": "fit s", "exported_MB": "exported MB", "peak_MB": "peak MB"}
 
@@ -73,10 +74,13 @@ def trade_off(lines: pd.DataFrame, latency: pd.DataFrame, file: Path) -> None:
         return
     sets = accuracy.shape[1]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for number, model in enumerate(accuracy.index):
-        point = milliseconds.loc[model].mean(), accuracy.loc[model].mean()
-        axis.scatter(*point, color=f"C{number % 10}", marker="os^DvP*Xp<>h"[number % 12], s=60)
-        axis.annotate(model, point, xytext=(7, 0), textcoords="offset points", va="center", color=f"C{number % 10}")
+    points = {model: (milliseconds.loc[model].mean(), accuracy.loc[model].mean()) for model in accuracy.index}
+    for number, (model, (x, y)) in enumerate(points.items()):
+        axis.scatter(x, y, color=f"C{number % 10}", marker="os^DvP*Xp<>h"[number % 12], s=60)
+        # a name goes to the left where another point is close on the right
+        close = any(x < right < 1.6 * x and abs(up - y) < CLOSE for right, up in points.values())
+        side = {"xytext": (-7, 0), "ha": "right"} if close else {"xytext": (7, 0)}
+        axis.annotate(model, (x, y), textcoords="offset points", va="center", color=f"C{number % 10}", **side)
     axis.set(
         xscale="log",
         xlabel="milliseconds per image, exported to OpenVINO",

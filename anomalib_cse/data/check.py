@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     training: list[Sample] = []
     test: list[Sample] = []
     errors: list[str] = []
+    doubts: list[str] = []
     for folder in options.folder:
         if not folder.is_dir():
             parser.error(f"{folder} is not a folder")
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         training += found[0]
         test += found[1]
         errors += layout_errors(folder)
+        doubts += mixed(folder, found[0])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for kind, samples in (("training", training), ("evaluation", test)):
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warn_of_files(files_of((*training, *test)))
     seen = look(training, [], test)
     errors = list(dict.fromkeys((*errors, *seen.errors)))
-    doubts = [*(str(warning.message) for warning in caught), *seen.warnings, *mixed(options.folder)]
+    doubts = [*(str(warning.message) for warning in caught), *seen.warnings, *doubts]
     if options.backbone and not errors:
         try:
             doubts += unlike_others(options.folder, options.backbone)
@@ -83,18 +85,14 @@ def samples_in(folder: Path) -> tuple[list[Sample], list[Sample]]:
     ]
 
 
-def mixed(folders: Sequence[Path]) -> list[str]:
-    """Return which folders have images in several folders below them, all of which count as training images."""
-    found = {
-        folder: Counter(path.parent for path in images_below(folder)) for folder in folders if not is_category(folder)
-    }
-    return [
-        f"{folder} has images in {len(counts)} folders, all taken for good ones to train with: "
-        + ", ".join(f"{counts[below]} in {below}" for below in sorted(counts)[:NAMED])
-        + (" and more" if len(counts) > NAMED else "")
-        for folder, counts in found.items()
-        if len(counts) > 1
-    ]
+def mixed(folder: Path, samples: Sequence[Sample]) -> list[str]:
+    """Say if the training images of a folder without a layout lie in several folders: all of them count as good."""
+    counts = Counter(Path(sample.image).parent for sample in samples)
+    if len(counts) < 2 or is_category(folder):
+        return []
+    named = ", ".join(f"{counts[below]} in {below}" for below in sorted(counts)[:NAMED])
+    more = " and more" if len(counts) > NAMED else ""
+    return [f"{folder} has images in {len(counts)} folders, all taken for good ones to train with: {named}{more}"]
 
 
 def unlike_others(folders: Sequence[Path], backbone: str) -> list[str]:

@@ -8,11 +8,9 @@ measured at the end, of all exported models in turns. The models stand in a YAML
 
 import argparse
 import shutil
-import time
 import traceback
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,11 +23,11 @@ from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score
 from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
-from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import CenterCrop, Resize
 from torchvision.transforms.v2.functional import resize
 
+from cells import KEY, Cell, cells_parser, parse_cells, read, run_cells
 from common import (
     OPSET,
     QUIET,
@@ -43,28 +41,11 @@ from common import (
     peak_memory,
     per_image,
 )
-from contenders import Contender, chosen, images_of, parser_of
 from report import METRICS, contact_sheet, not_run, table, trade_off
 
-KEY = ["model", "category", "seed"]
-TEXTS = ["model", "category", "settings", "deviations", "remark", "failed"]
 COLUMNS = [*KEY, "deviations", *METRICS, "fit_s", "exported_MB", "peak_MB", "remark", "failed", "settings"]
 SHOWN = 6  # test images on a contact sheet
 SHOWN_SIZE = [256, 256]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A model to be trained on a dataset with a seed."""
-
-    contender: Contender
-    dataset: Path
-    seed: int
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        """What its line is found by."""
-        return self.contender.name, self.dataset.name, self.seed
 
 
 def run_cell(cell: Cell, accelerator: str, keep: Path | None) -> Row:
@@ -75,19 +56,11 @@ def run_cell(cell: Cell, accelerator: str, keep: Path | None) -> Row:
         accelerator: What to train with.
         keep: Where to leave the network and its maps for what comes after all cells, if it is to do so.
     """
-    seed_everything(cell.seed, verbose=False)
     # anomalib's thresholds for all alike; Cse's own would have one defective image more right
-    model = cell.contender.build(cell.seed, evaluator=evaluator(), post_processor=PostProcessor(), visualizer=False)
-    epochs = cell.contender.epochs(model)
-    images = images_of(cell.dataset, cell.contender.train_batch_size)
+    components = {"evaluator": evaluator(), "post_processor": PostProcessor(), "visualizer": False}
     with TemporaryDirectory() as folder:
+        model, images, seconds = cell.fit(folder, accelerator, **components)
         trainer = {"accelerator": accelerator, "devices": 1, "default_root_dir": folder, **QUIET}
-        # labelled images choose no epoch, and take a while to score: Cse's is chosen by a hold-out loss
-        alone = {"max_epochs": epochs, "limit_val_batches": 0, "limit_test_batches": 0}
-        engine = Engine(callbacks=cell.contender.callbacks, **alone, **trainer)
-        start = time.perf_counter()
-        engine.fit(model, datamodule=images)
-        seconds = time.perf_counter() - start
         engine = Engine(callbacks=cell.contender.callbacks, **trainer)
         engine.validate(model, datamodule=images, verbose=False)  # for thresholds, and scores from 0 to 1
         [metrics] = engine.test(model, datamodule=images, verbose=False)
@@ -174,57 +147,17 @@ def kept(output: Path, category: str, model: str) -> Path:
     return output / "kept" / f"{category}_{zlib.crc32(model.encode()):08x}"
 
 
-def read(file: Path, columns: list[str]) -> pd.DataFrame:
-    """Return the lines written so far; text that is empty is text."""
-    if not file.exists():
-        return pd.DataFrame(columns=columns)
-    texts = [column for column in TEXTS if column in columns]
-    lines = pd.read_csv(file, dtype=dict.fromkeys(texts, str)).reindex(columns=columns)
-    return lines.fillna(dict.fromkeys(texts, ""))
-
-
-def cells_to_do(options: argparse.Namespace, lines: pd.DataFrame) -> Iterator[Cell]:
-    """Give the cells that have no line, seed by seed, so that a run that is broken off has compared all models.
-
-    Raises:
-        SystemExit: If a line is of another model of the same name.
-    """
-    done = lines.set_index(KEY)["settings"].to_dict()
-    for seed in options.seeds:
-        for category in options.categories:
-            for contender in options.models:
-                cell = Cell(contender, options.root / category, seed)
-                if done.get(cell.key, contender.settings) != contender.settings:
-                    raise SystemExit(
-                        f"{options.output} has {cell.key} with other settings than {options.config} gives "
-                        f"{contender.name!r}: give the changed model another name, or another --output"
-                    )
-                if cell.key not in done:
-                    yield cell
-
-
 def run(options: argparse.Namespace) -> pd.DataFrame:
     """Run the cells that have no line yet, and return all lines."""
-    file = options.output / "results.csv"
     (options.output / "kept").mkdir(parents=True, exist_ok=True)
-    lines = read(file, COLUMNS)
-    if options.retry_failed:
-        asked = lines["model"].isin([contender.name for contender in options.models])
-        lines = lines[(lines["failed"] == "") | ~asked]
-        lines.to_csv(file, index=False)
-    cells = list(cells_to_do(options, lines))
-    print(f"{hardware()}\n{len(lines)} cells are done, {len(cells)} to do", flush=True)
-    for number, cell in enumerate(cells, start=1):
-        print(f"[{number}/{len(cells)}] {' '.join(map(str, cell.key))} ...", flush=True)
+
+    def measurement(cell: Cell) -> Callable[[], Row]:
         keep = kept(options.output, cell.dataset.name, cell.contender.name)  # of the first seed
-        keep = None if keep.exists() else keep
-        limits = {"time_limit": options.time_limit, "memory_limit": options.memory_limit}
-        row = in_child(partial(run_cell, cell, options.accelerator, keep), **limits)
-        print("   ", row.get("failed") or f"image AUROC {row['image_AUROC']:.3f}, fit {row['fit_s']:.0f} s", flush=True)
-        described = {"deviations": cell.contender.note, "settings": cell.contender.settings}
-        line = {**dict(zip(KEY, cell.key, strict=True)), **described, **row}
-        pd.DataFrame([line], columns=COLUMNS).to_csv(file, mode="a", header=not file.exists(), index=False)
-    return read(file, COLUMNS)
+        return partial(run_cell, cell, options.accelerator, None if keep.exists() else keep)
+
+    return run_cells(
+        options, COLUMNS, measurement, lambda row: f"image AUROC {row['image_AUROC']:.3f}, fit {row['fit_s']:.0f} s"
+    )
 
 
 def measure_latency(options: argparse.Namespace, lines: pd.DataFrame) -> pd.DataFrame:
@@ -249,22 +182,13 @@ def measure_latency(options: argparse.Namespace, lines: pd.DataFrame) -> pd.Data
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--models", nargs="+", help="names of the list; default: all of them")
+    parser = cells_parser(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--accelerator", default="auto", help="to train with; latency is always the processor's")
-    parser.add_argument("--time-limit", type=int, default=0, help="most seconds for a cell; 0 for no limit")
-    parser.add_argument("--memory-limit", type=float, default=0, help="most GiB for a cell; 0 for no limit")
-    parser.add_argument("--retry-failed", action="store_true", help="run failed cells of these models again")
     parser.add_argument("--latency", action="store_true", help="measure latency anew, on a quieter machine")
     parser.add_argument("--rounds", type=int, default=20, help="of the latency measurement")
     parser.add_argument("--output", type=Path, default=Path("results/compare"))
-    options = parser.parse_args(arguments)
-    for category in options.categories:
-        if not (options.root / category / "train" / "good").is_dir():
-            parser.error(f"{options.root / category} has no train/good: --root and --categories must lead to a dataset")
-    options.models = chosen(parser, options.config, options.models)
-    return options
+    return parse_cells(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

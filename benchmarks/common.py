@@ -1,4 +1,4 @@
-"""What the benchmarks share: a child process for every measurement, and a table."""
+"""What the benchmarks share: a child process for every measurement, AUPRO of maps as they are, and a table."""
 
 import multiprocessing
 import os
@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import openvino
 import torch
+from numpy.typing import NDArray
+from scipy.ndimage import label
 
 from anomalib_cse.report.callback import processor
 
@@ -25,6 +27,7 @@ Network = Callable[[np.ndarray], object]  # takes images (B, 3, H, W) in [0, 1]
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}  # for an Engine
 SINGLE_PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # OpenVINO's default is bfloat16 where the processor has it
 OPSET = {"opset_version": 18}  # for exports: anomalib's 14 cannot be had of all networks
+LIMIT, POINTS = 0.3, 300  # for AUPRO: the highest rate of false positives, and thresholds up to it
 
 
 def in_child(measure: Callable[[], Row], *, time_limit: int = 0, memory_limit: float = 0) -> Row:
@@ -120,6 +123,22 @@ def exported_size(network: Path) -> float:
     """Return the size of an exported model in MB, with OpenVINO's weights, which are a file of their own."""
     files = [network, network.with_suffix(".bin")] if network.suffix == ".xml" else [network]
     return sum(file.stat().st_size for file in files) / 1e6
+
+
+def aupro(maps: NDArray[np.float32], masks: NDArray[np.bool_]) -> float:
+    """Return the area under the curve of per-region overlap, of maps and masks ``(N, H, W)``."""
+    good = np.sort(maps[~masks])
+    thresholds = good[np.round((1 - np.linspace(0, LIMIT, POINTS)) * (len(good) - 1)).astype(int)]
+
+    def share_above(values: NDArray[np.float32]) -> NDArray[np.float64]:
+        return 1 - np.searchsorted(values, thresholds, side="right") / len(values)
+
+    overlaps = []
+    for values, mask in zip(maps, masks, strict=True):
+        regions, count = label(mask, structure=np.ones((3, 3)))
+        overlaps += [share_above(np.sort(values[regions == number])) for number in range(1, count + 1)]
+    false = share_above(good)
+    return float(np.trapezoid(np.mean(overlaps, axis=0), false) / false[-1])
 
 
 def hardware() -> str:

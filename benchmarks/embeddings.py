@@ -13,13 +13,10 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from anomalib.data import ImageBatch, MVTecAD
 from lightning.pytorch.trainer.states import TrainerFn
-from numpy.typing import NDArray
-from scipy.ndimage import label
 from sklearn.covariance import MinCovDet
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
@@ -36,7 +33,7 @@ from anomalib_cse.cse_gaussian.torch_model import geometric_mean, image_score
 from anomalib_cse.features import fuse, resize
 from anomalib_cse.synthesis import AnomalySynthesis, generator_for, textures_from
 
-from common import Row, hardware, markdown
+from common import Row, aupro, hardware, markdown
 from contenders import chosen, parser_of
 
 SPOILT, BASIS, BANK, ROBUST = 20, 21, 22, 23  # set apart the random numbers that one seed gives; the package has others
@@ -44,7 +41,6 @@ SHARES, TRIMMED = (0.0, 0.05, 0.1), 0.1  # of the training images: defective one
 ROBUST_VECTORS = 500  # of a layer: scikit-learn takes half a minute for 2000 with 112 channels
 NEIGHBOURS = 1, 3
 BANKED, MOST_BANKED, SCALED_BY = 0.1, 10_000, 48  # vectors of a layer to find them among, images to scale by
-LIMIT, POINTS = 0.3, 300  # for AUPRO: the highest rate of false positives, and thresholds up to it
 
 Embed = Callable[[CseGaussianModel, Sequence[Moments], Sequence[Moments]], list[Tensor]]  # as fit_directions
 
@@ -188,22 +184,6 @@ def variants(of_share: Callable[[float], Training], test: Images, seed: int) -> 
         rng = generator_for(seed, BASIS)
         yield from ((name, share, maps(training.fit(whitened(choose, rng)))) for name, choose in CHOICES.items())
         yield from ((f"nearest neighbours, {k}", share, joint) for k, joint in neighbour_maps(training, test).items())
-
-
-def aupro(maps: NDArray[np.float32], masks: NDArray[np.bool_]) -> float:
-    """Return the area under the curve of per-region overlap, of maps and masks ``(N, H, W)``."""
-    good = np.sort(maps[~masks])
-    thresholds = good[np.round((1 - np.linspace(0, LIMIT, POINTS)) * (len(good) - 1)).astype(int)]
-
-    def share_above(values: NDArray[np.float32]) -> NDArray[np.float64]:
-        return 1 - np.searchsorted(values, thresholds, side="right") / len(values)
-
-    overlaps = []
-    for values, mask in zip(maps, masks, strict=True):
-        regions, count = label(mask, structure=np.ones((3, 3)))
-        overlaps += [share_above(np.sort(values[regions == number])) for number in range(1, count + 1)]
-    false = share_above(good)
-    return float(np.trapezoid(np.mean(overlaps, axis=0), false) / false[-1])
 
 
 def accuracy(joint: Tensor, test: Images) -> Row:

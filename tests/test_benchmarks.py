@@ -448,7 +448,7 @@ def test_defective_training_image_is_left_out_of_robust_sums(embedded, monkeypat
 
 
 def test_overlap_is_that_of_anomalib():
-    from embeddings import aupro
+    from common import aupro
 
     masks = torch.zeros(3, 40, 40, dtype=torch.bool)
     masks[0, 3:10, 5:20] = masks[0, 20:22, 1:4] = masks[1, 30:36, 30:35] = True

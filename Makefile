@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress browser lint types install clean bench-cost bench-latency bench-compare bench-few bench-thresholds bench-embeddings bench-surfaces
+.PHONY: demo test stress browser lint types install clean bench-cost bench-latency bench-compare bench-few bench-thresholds bench-robustness bench-embeddings bench-surfaces
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -60,6 +60,10 @@ bench-few: install
 # DATA=ROOT ARGS="--categories grid ...": good images that are rejected, expected and counted
 bench-thresholds: install
 	$(BIN)/python benchmarks/thresholds.py --root $(DATA) $(ARGS)
+
+# DATA=ROOT ARGS="--categories NAME ...": images as another day, lamp, lens or camera gives them
+bench-robustness: install
+	$(BIN)/python benchmarks/robustness.py --root $(DATA) $(ARGS)
 
 # DATA=ROOT ARGS="--categories grid ...": other directions, sums and distances in CseGaussian's place, masks needed
 bench-embeddings: install

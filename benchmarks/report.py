@@ -1,4 +1,4 @@
-"""What is made of the comparison's lines: a Markdown table, latency against AUPRO, and maps side by side."""
+"""What is made of comparisons' lines: a Markdown table, latency against AUPRO, maps side by side, and rejects."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ from common import markdown
 
 mpl.use("agg")
 
+MARKERS = "os^DvP*Xp<>h"
 CLOSE = 0.03  # in AUPRO, of two points of a picture
 METRICS = ["image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO"]
 COSTS = {"fit_s": "fit s", "exported_MB": "exported MB", "peak_MB": "peak MB"}
@@ -76,7 +77,7 @@ def trade_off(lines: pd.DataFrame, latency: pd.DataFrame, file: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     points = {model: (milliseconds.loc[model].mean(), accuracy.loc[model].mean()) for model in accuracy.index}
     for number, (model, (x, y)) in enumerate(points.items()):
-        axis.scatter(x, y, color=f"C{number % 10}", marker="os^DvP*Xp<>h"[number % 12], s=60)
+        axis.scatter(x, y, color=f"C{number % 10}", marker=MARKERS[number % len(MARKERS)], s=60)
         # a name goes to the left where another point is close on the right
         close = any(x < right < 1.6 * x and abs(up - y) < CLOSE for right, up in points.values())
         side = {"xytext": (-7, 0), "ha": "right"} if close else {"xytext": (7, 0)}
@@ -91,6 +92,33 @@ def trade_off(lines: pd.DataFrame, latency: pd.DataFrame, file: Path) -> None:
     axis.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
     axis.margins(x=0.35, y=0.1)
     axis.grid(which="both", alpha=0.3)
+    save(figure, file)
+
+
+def shared(lines: pd.DataFrame) -> pd.DataFrame:
+    """Return the lines of the sets that all models have; others would favour one of them."""
+    models = lines.groupby("category")["model"].nunique()
+    return lines[lines["category"].isin(models.index[models == lines["model"].nunique()])]
+
+
+def rejects(curves: Mapping[str, tuple[list[float], pd.DataFrame]], file: Path) -> None:
+    """Draw per cents of good images rejected against how much these are changed, a panel to a kind of change.
+
+    Args:
+        curves: By the label of a panel the amplitudes, and the per cents of each model at them, a row to a model.
+        file: The picture.
+    """
+    figure, axes = plt.subplots(1, len(curves), figsize=(9, 3.4), sharey=True, squeeze=False, layout="constrained")
+    for axis, (label, (amplitudes, rejected)) in zip(axes[0], curves.items(), strict=True):
+        for number, (model, per_cents) in enumerate(rejected.iterrows()):
+            marker = MARKERS[number % len(MARKERS)]
+            axis.plot(amplitudes, per_cents, color=f"C{number % 10}", marker=marker, markersize=5, label=model)
+        axis.set(xlabel=label, ylim=(0, 103))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("good images rejected, %")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     save(figure, file)
 
 

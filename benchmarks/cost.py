@@ -55,6 +55,7 @@ def compression(options: argparse.Namespace) -> Iterator[Row]:
             for precision, hint in {"OpenVINO's default": {}, "f32": SINGLE_PRECISION}.items():
                 inferencer = OpenVINOInferencer(network, device="CPU", config=hint)
                 scores = np.array([inferencer.predict(read_image(file)).pred_score.item() for file in files])
+                del inferencer  # it has a core of its own, and two are one too many: see common.core
                 yield {
                     "compression": kind.name if kind else "none",
                     "precision": precision,

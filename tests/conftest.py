@@ -1,15 +1,30 @@
+import ctypes
+
 import cv2
 import numpy as np
 import pytest
 import torch
 from anomalib.engine import Engine
 
-from tiny import COMMON, MODELS, QUIET, data_of
+from tiny import COMMON, MODELS, QUIET, data_of, signal_stack
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_signal_stack():
+    """After a test, signal handlers run on what they ran on before it.
+
+    Every ``openvino.Core`` that compiles gives them a stack. If two end in the order of their beginning, as with what
+    fixtures or a failed test keep, OpenVINO leaves them one that is unmapped. Then the end of any data loader's worker
+    killed this process, or overwrote what had got that memory since: the loader's semaphores, for one.
+    """
+    before = signal_stack()
+    yield
+    ctypes.CDLL(None).sigaltstack(before, None)
 
 
 @pytest.fixture

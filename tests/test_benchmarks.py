@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import openvino
 import pandas as pd
 import pytest
 import timm
@@ -22,7 +23,7 @@ from torchvision.transforms.v2 import Normalize
 from anomalib_cse import Cse, CseGaussian
 from anomalib_cse.deployment import MidwayPostProcessor
 
-from tiny import COMMON, QUIET
+from tiny import COMMON, QUIET, signal_stack
 
 ROOT = Path(__file__).parents[1]
 LISTS = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
@@ -169,6 +170,19 @@ def test_network_that_fails_does_not_spoil_the_others(monkeypatch):
     monkeypatch.setattr(common, "in_turns", lambda runs, rounds: dict.fromkeys(runs, 30.0))
     opened = {"unreadable": broken, "fails": lambda: (broken, images), "runs": lambda: (np.sum, images)}
     assert common.per_image(opened, rounds=3) == {"runs": 15.0}  # of two images
+
+
+def test_networks_that_end_in_the_order_of_their_beginning_leave_signal_handlers_their_stack(tmp_path):
+    """With a core for each they would run on the first one's, which is unmapped by then."""
+    from common import compiled
+
+    value = openvino.opset13.parameter([1, 3], np.float32)
+    openvino.save_model(openvino.Model([openvino.opset13.relu(value)], [value]), tmp_path / "model.xml")
+    opened = [compiled(tmp_path / "model.xml", {}) for _ in range(2)]
+    before = signal_stack().raw
+    while opened:
+        del opened[0]
+    assert signal_stack().raw == before
 
 
 def test_table_gives_mean_and_spread_over_the_seeds():

@@ -1,5 +1,6 @@
 """What most tests run: small models without a word, anomalib's command line, and the commands that the docs name."""
 
+import ctypes
 import os
 import re
 import shlex
@@ -29,6 +30,13 @@ COMMON = {
 }
 MODELS = {"Cse": Cse, "CseGaussian": CseGaussian}
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+def signal_stack():
+    """What signal handlers run on, as ``sigaltstack`` gives and takes it."""
+    stack = ctypes.create_string_buffer(64)
+    ctypes.CDLL(None).sigaltstack(None, stack)
+    return stack
 
 
 def data_of(root, **options):

@@ -28,9 +28,11 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy anomalib_cse
 
-# two processes of one thread each: with more, they would wait for one another
+# Two processes of one thread each: with more, they would wait for one another. A process that dies, or sits at one test
+# for four minutes, ends as that test's failure: one that is put in its place may wait for ever (pytest-xdist issue 784).
 test: install lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 \
+		-o faulthandler_timeout=240 -o faulthandler_exit_on_timeout=true tests
 
 # some minutes; CSE_STRESS=0.1 for a tenth of it
 stress: install

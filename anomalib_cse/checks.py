@@ -211,6 +211,14 @@ def check_large_enough(images: Tensor, least: int) -> None:
         raise ValueError(msg)
 
 
+def check_kinds(name: str, given: object, known: Sequence[str]) -> None:
+    """Raise a ``ValueError`` unless ``given`` are some of the kinds that are ``known``, or none, each once."""
+    listed = isinstance(given, Sequence) and not isinstance(given, str) and all(kind in known for kind in given)
+    if not listed or len(set(given)) < len(given):  # type: ignore[arg-type, call-overload]
+        msg = f"{name} must be some of {tuple(known)}, each once, got {given!r}"
+        raise ValueError(msg)
+
+
 def check_fit(
     memory_budget: object, seed: object, kinds: Sequence[str], defects: object, dtd_dir: object, download_dtd: object
 ) -> None:
@@ -221,9 +229,9 @@ def check_fit(
     check_number("memory_budget", memory_budget, "[0, inf)", whole=True)
     if seed is not None:
         check_number("seed", seed, f"[0, {2**32})", whole=True)
-    listed = isinstance(defects, Sequence) and all(kind in kinds for kind in defects)
-    if not listed or not defects or len(set(defects)) < len(defects):  # type: ignore[arg-type, call-overload]
-        msg = f"defects must be some of {tuple(kinds)}, each once, got {defects!r}"
+    check_kinds("defects", defects, kinds)
+    if not defects:
+        msg = f"defects must be some of {tuple(kinds)}, got none"
         raise ValueError(msg)
     if not (isinstance(dtd_dir, str | Path) and str(dtd_dir)):
         msg = f"dtd_dir must be 'builtin' or a folder, got {dtd_dir!r}"

@@ -1,6 +1,7 @@
 """The closed form against naive loops in numpy, and under anomalib's engine."""
 
 import copy
+import math
 import os
 from collections import Counter
 from itertools import product
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import ColorJitter
 
 from anomalib_cse import CseGaussian, CseGaussianModel
-from anomalib_cse.cse_gaussian.fit import PRIOR, TRIED_PRIOR, fit
+from anomalib_cse.cse_gaussian.fit import fit
 from anomalib_cse.cse_gaussian.folds import unseen_scores
 from anomalib_cse.cse_gaussian.moments import RIDGE
 from anomalib_cse.cse_gaussian.sample import FEWEST_KEPT, TrainingSample
@@ -33,11 +34,22 @@ from anomalib_cse.cse_gaussian.torch_model import (
     sharpen,
     smooth,
 )
-from anomalib_cse.cse_gaussian.trial import Separation, Trial
+from anomalib_cse.cse_gaussian.variations import VARIATIONS, varied
 
 from tiny import COMMON, QUIET, data_of
 
 SIZE = (48, 64)  # multiples of all strides
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mild_variation():
+    """One that is not random, and as images of noise can bear."""
+    brighter = 1 + 0.05 * torch.linspace(-1, 1, SIZE[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            VARIATIONS, "blur", lambda images, _: images * F.interpolate(brighter[None, None], images.shape[-1])
+        )
+        yield
 
 
 def new_model(**options):
@@ -59,7 +71,7 @@ def test_smooth_equals_a_naive_loop():
 
 def test_sharpen_multiplies_by_the_excess_over_what_is_around():
     maps = torch.rand(2, 1, 4, 5)
-    assert torch.allclose(sharpen(maps), maps**2 / smooth(maps))
+    assert torch.allclose(sharpen(maps), maps * (maps / smooth(maps)) ** 3)
     assert torch.equal(sharpen(torch.zeros(1, 1, 4, 5)), torch.zeros(1, 1, 4, 5))
 
 
@@ -168,54 +180,47 @@ def features_of(model, images):
 class NaiveLayer:
     """Mean, directions and weights of evidence, of all images at once; then distances with loops."""
 
-    def __init__(self, clean, defects, masks, dim):
+    def __init__(self, clean, defects, masks, varied, dim):
         flat = clean.reshape(-1, clean.shape[-1])
-        covariance = np.cov(flat.T, bias=True)
-        covariance += RIDGE * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        change = (varied - clean).reshape(flat.shape)
+        self.clean = np.cov(flat.T, bias=True)
+        ridge = RIDGE * np.trace(self.clean) / len(self.clean) * np.eye(len(self.clean))
         self.mean = flat.mean(axis=0)
         cover = F.adaptive_avg_pool2d(masks.double(), clean.shape[1:3]).numpy().reshape(-1, 1)
         away = defects.reshape(flat.shape) - self.mean
-        ratios, vectors = scipy.linalg.eigh((away * cover).T @ away / cover.sum(), covariance)
+        background = self.clean + ridge + change.T @ change / len(change)
+        ratios, vectors = scipy.linalg.eigh((away * cover).T @ away / cover.sum(), background)
         self.directions = vectors[:, ::-1][:, :dim]
         self.factors = np.maximum(1 - 1 / ratios[::-1][:dim], 0)
+        self.in_common = self.directions.T @ (background - self.clean) @ self.directions
 
-    def distances(self, features, own=None, prior=PRIOR):
-        """``(N, h, w)``; with covariances of the positions' own if there are features ``own`` to learn them from."""
+    def distances(self, features, own, strength):
+        """``(N, h, w)``; positions have covariances of their own, of features ``own``, if the strength is finite."""
         embedded, distances = (features - self.mean) @ self.directions, np.zeros(features.shape[:3])
         for i, j in np.ndindex(*features.shape[1:3]):
             covariance = np.eye(len(self.factors))
-            if own is not None:
+            if np.isfinite(strength):
                 here = (own[:, i, j] - self.mean) @ self.directions
-                covariance = (here.T @ here + prior * covariance) / (len(here) + prior)
+                moment = here.T @ here / len(here) + self.in_common
+                covariance = (len(here) * moment + strength * covariance) / (len(here) + strength)
             whitened = embedded[:, i, j] @ np.linalg.inv(scipy.linalg.sqrtm(covariance).real)
             distances[:, i, j] = np.sqrt((self.factors * whitened**2).sum(axis=-1))
         return distances
 
 
-def naive_joint(layers, features, shown, own=None, prior=PRIOR):
+def naive_joint(layers, features, shown, strengths):
     """The joint map ``(N, 1, h, w)``: distances are 1 on average over the features ``shown``.
 
     They are so at every position with covariances of their own, else, as the means of rows and columns say.
     """
     maps = []
-    for number, layer in enumerate(layers):
-        own_of_layer = own[number] if own else None
-        mean = layer.distances(shown[number], own_of_layer, prior).mean(axis=0)
-        scale = mean if own else np.outer(mean.mean(axis=1), mean.mean(axis=0)) / mean.mean()
-        maps.append(layer.distances(features[number], own_of_layer, prior) / scale)
+    for layer, tested, usual, strength in zip(layers, features, shown, strengths, strict=True):
+        mean = layer.distances(usual, usual, strength).mean(axis=0)
+        in_common = np.outer(mean.mean(axis=1), mean.mean(axis=0)) / mean.mean()
+        maps.append(layer.distances(tested, usual, strength) / (mean if np.isfinite(strength) else in_common))
     large = [F.interpolate(torch.from_numpy(m)[:, None], maps[0].shape[1:], mode="bilinear").numpy() for m in maps]
     total = sum(layer.factors.sum() for layer in layers)
     return np.prod([m ** (layer.factors.sum() / total) for m, layer in zip(large, layers, strict=True)], axis=0)
-
-
-def naive_separation(clean, drawn, masks):
-    """By how many deviations of clean log distances those of defects lie above them, and of log scores images'."""
-    cover = F.adaptive_avg_pool2d(masks.double(), clean.shape[2:]).numpy()
-    scores, drawn_scores = np.log(naive_scores(clean)), np.log(naive_scores(drawn))
-    return (
-        (np.average(np.log(drawn), weights=cover) - np.log(clean).mean()) / np.log(clean).std(),
-        (drawn_scores.mean() - scores.mean()) / scores.std(),
-    )
 
 
 def naive_scores(joint):
@@ -223,51 +228,63 @@ def naive_scores(joint):
     return np.sort(joint.reshape(len(joint), -1))[:, -count:].mean(axis=1)
 
 
-@pytest.mark.parametrize("kind", ["surface", "part"])
-def test_fit_and_forward_equal_numpys_of_all_images_at_once(kind):
-    model, images = new_model(layers=(1, 2, 3)), images_of(kind)  # strides 4 and 8, on one grid, and 16
-    trial = fit(model, sample_of(model, images), Patch(), 0).trial
+VARIED = ("blur",)  # all of 16 images as often as one another
+
+
+def all_features(model, images):
+    """Of images as they are, with defects, and varied; and where the defects are."""
     params = Patch().sample(images.shape, None)
     painted = Patch().apply(images, params)
-    clean, defects = features_of(model, images), features_of(model, painted)
-    layers = [NaiveLayer(c, d, params.mask, 6) for c, d in zip(clean, defects, strict=True)]
-    some, others, others_painted = ([f[start::2] for f in fs] for fs, start in ((clean, 0), (clean, 1), (defects, 1)))
-    for found, options in ((trial.in_common, {}), (trial.own, {"own": some, "prior": TRIED_PRIOR})):
-        maps = [naive_joint(layers, features, shown=some, **options) for features in (others, others_painted)]
-        assert found == pytest.approx(naive_separation(*maps, params.mask[1::2]), rel=1e-4)
-    assert trial.differ is (kind == "part")
-    assert [g.roots.dim() for g in model.maps] == [4 if trial.differ else 2] * 3
-    joint = naive_joint(layers, features_of(model, images.flip(1)), clean, clean if trial.differ else None)
+    return *(features_of(model, each) for each in (images, painted, varied(images, *VARIED, None))), params.mask
+
+
+@pytest.fixture(params=[True, False], ids=["own covariances", "in common"])
+def own(request, monkeypatch):
+    """Whether positions have covariances of their own."""
+    monkeypatch.setattr("anomalib_cse.cse_gaussian.fit.LEAST_OWN", 0.1 if request.param else 1)
+    return request.param
+
+
+def test_fit_and_forward_equal_numpys_of_all_images_at_once(own):
+    model, images = new_model(layers=(1, 2, 3)), images_of("part")  # strides 4 and 8, on one grid, and 16
+    strengths = fit(model, sample_of(model, images), Patch(), VARIED, 0).strengths
+    assert np.isfinite(strengths).tolist() == [own] * 3
+    assert [g.roots.dim() for g in model.maps] == [4 if own else 2] * 3
+    clean, defects, changed, masks = all_features(model, images)
+    layers = [NaiveLayer(c, d, masks, v, 6) for c, d, v in zip(clean, defects, changed, strict=True)]
+    joint = naive_joint(layers, features_of(model, images.flip(1)), clean, strengths)
     scored = model(images.flip(1))
     assert scored.pred_score.numpy() == pytest.approx(naive_scores(joint), rel=1e-4)
     expected = F.interpolate(sharpen(torch.from_numpy(joint)), SIZE, mode="bilinear")
     assert np.allclose(scored.anomaly_map, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["surface", "part"])
-def test_unseen_scores_are_those_of_fits_to_the_other_images(kind):
-    model, images = new_model(layers=(1, 2, 3)), images_of(kind)
+def test_unseen_scores_are_those_of_fits_to_the_other_images(own):
+    model, images = new_model(layers=(1, 2, 3)), images_of("part")
     sample = TrainingSample(2**30, torch.Generator().manual_seed(0))
     for start in range(0, 16, 5):
         part = images[start : start + 5]
         with torch.no_grad():
             sample.add(part, model.smoothed_features(part), [str(start + n) for n in range(len(part))])
-    fitted = fit(model, sample, Patch(), 0)
+    fitted = fit(model, sample, Patch(), VARIED, 0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = unseen_scores(model, sample, fitted)
+    found = unseen_scores(model, sample, fitted, VARIED, 0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    params = Patch().sample(images.shape, None)
-    clean, defects = features_of(model, images), features_of(model, Patch().apply(images, params))
+    clean, defects, changed, masks = all_features(model, images)
     assert sorted(found.paths, key=int) == [str(number) for number in range(16)]
+    of_changed = []
     for fold in range(5):
         unseen, seen = [n for n in range(16) if n % 5 == fold], [n for n in range(16) if n % 5 != fold]
         shown = [f[seen] for f in clean]
-        layers = [NaiveLayer(c, d[seen], params.mask[seen], 6) for c, d in zip(shown, defects, strict=True)]
-        joint = naive_joint(layers, [f[unseen] for f in clean], shown, shown if kind == "part" else None)
+        parts = zip(shown, defects, changed, strict=True)
+        layers = [NaiveLayer(c, d[seen], masks[seen], v[seen], 6) for c, d, v in parts]
+        joint = naive_joint(layers, [f[unseen] for f in clean], shown, fitted.strengths)
+        of_changed += naive_scores(naive_joint(layers, [f[unseen] for f in changed], shown, fitted.strengths)).tolist()
         maps = F.interpolate(sharpen(torch.from_numpy(joint)), SIZE, mode="bilinear").numpy()
         places = [found.paths.index(str(number)) for number in unseen]
         assert found.images[places].numpy() == pytest.approx(naive_scores(joint), rel=1e-4)
         assert found.pixels[places].numpy() == pytest.approx(maps.max(axis=(1, 2, 3)), rel=1e-4)
+    assert found.changed.tolist() == pytest.approx(of_changed, rel=1e-4)
 
 
 class Counting(Patch):
@@ -279,49 +296,28 @@ class Counting(Patch):
         return super().apply(images, params)
 
 
-@pytest.mark.parametrize(("images", "painted"), [(2, 16), (9, 16), (10, 16), (41, 42), (140, 128)])
+@pytest.mark.parametrize(("images", "painted"), [(2, 16), (9, 16), (41, 41), (140, 128)])
 def test_as_many_images_get_defects_as_there_are_within_bounds(images, painted):
-    """Half of them in either half; own covariances are tried with ten images and more."""
     model, synthesis = new_model(layers=(2, 3)), Counting()
-    trial = fit(model, sample_of(model, images_of("surface", images)), synthesis, 0).trial
+    fit(model, sample_of(model, images_of("surface", images)), synthesis, (), 0)
     assert synthesis.painted == painted
-    assert (trial is None) is (images < 10)
 
 
-def test_a_process_without_images_of_both_halves_tries_nothing():
-    """Sums are those of all processes, images those of the first."""
-    model = new_model(layers=(2, 3))
-    sample, others = sample_of(model, images_of("surface", 2)[1:]), sample_of(model, images_of("surface", 12))
-    for half, other in zip(sample.halves, others.halves, strict=True):
-        half.moments = other.moments
-    assert fit(model, sample, Patch(), 0).trial is None
-    assert model.is_fitted
+def test_the_log_says_how_much_positions_have_of_their_own(mvtec_root, dtd, tmp_path, caplog, monkeypatch):
+    strengths = {"surface": [math.inf, 190], "part": [10, 2.5]}
+    for values in map(iter, strengths.values()):
+        monkeypatch.setattr("anomalib_cse.cse_gaussian.fit.strength_of", lambda *_, left=values: next(left))
+        with caplog.at_level("INFO"):
+            fit_with(tmp_path, datamodule=data_of(mvtec_root))
+    said = [record.getMessage() for record in caplog.records if "covariance" in record.getMessage()]
+    start = "What a position's own images say of its covariance counts"
+    assert said == [f"{start} 0% in layer 2, 5% in layer 3.", f"{start} 50% in layer 2, 80% in layer 3."]
 
 
-def test_trial_says_what_was_chosen_and_why():
-    low, high = Separation(1, 2.5), Separation(3, 4)
-    shared = "by 1.00 at positions and 2.50 in scores of images with a shared one"
-    assert str(Trial(low, high)) == (
-        "Each position has a covariance of its own. Tried on held-out training images, synthetic defects stand out, in "
-        f"standard deviations, {shared}, by 3.00 and 4.00 with their own; own ones are taken if both are higher"
-    )
-    assert str(Trial(low, Separation(3, 2))).startswith("All positions share one covariance. ")
-
-
-def test_the_log_says_what_was_tried(mvtec_root, dtd, tmp_path, caplog, monkeypatch):
-    tried = []
-    monkeypatch.setattr("anomalib_cse.cse_gaussian.lightning_model.fit", lambda *a: tried.append(fit(*a)) or tried[0])
-    with caplog.at_level("INFO"):
-        model = fit_with(tmp_path, datamodule=data_of(mvtec_root))
-    [trial] = [fitted.trial for fitted in tried]
-    assert str(trial) in [record.getMessage() for record in caplog.records]
-    assert {gaussian.roots.dim() for gaussian in model.model.maps} == {4 if trial.differ else 2}
-
-
-def fitted(images=None, **options):
+def fitted(images=None, variations=VARIED, **options):
     model = new_model(layers=(2, 3))
     images = images_of("part") if images is None else images
-    fit(model, sample_of(model, images, **options), Patch(), 0)
+    fit(model, sample_of(model, images, **options), Patch(), variations, 0)
     return model
 
 
@@ -332,7 +328,6 @@ def part():
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_batch_sizes_do_not_change_the_fit(batch, part):
-    """Of 3 and 5, turns of the halves go on over batches."""
     images = images_of("part")
     assert torch.allclose(fitted(batch=batch)(images).anomaly_map, part(images).anomaly_map, rtol=1e-4)
 
@@ -359,16 +354,16 @@ def test_half_precision_leaves_distances_alone(part):
     assert torch.allclose(scores, expected, rtol=0.1)
 
 
-@pytest.mark.parametrize("budget", [0, 1_500_000])
+@pytest.mark.parametrize("budget", [0, 1_200_000])
 def test_memory_is_bounded_and_own_covariances_give_way_to_one(budget):
     model, images = new_model(layers=(2, 3)), images_of("part", 70)
     sample = sample_of(model, images, budget)
-    kept = sum(len(half.kept) for half in sample.halves)
+    kept = len(sample.kept)
     assert sample.count == 70
     assert kept == FEWEST_KEPT if budget == 0 else FEWEST_KEPT < kept < 70
     size = sum(image.nbytes + sum(f.nbytes for f in model.smoothed_features(image[None])) for image in images[:1])
     assert kept * size <= budget or budget == 0
-    assert fit(model, sample, Patch(), 0).trial is None
+    fit(model, sample, Patch(), VARIED, 0)
     assert [g.roots.dim() for g in model.maps] == [2, 2]
     flat = features_of(model, images)[0].reshape(-1, model.backbone.channels[0])
     assert np.allclose(model.maps[0].mean, flat.mean(axis=0), atol=1e-5)  # of all images, whichever were kept
@@ -413,7 +408,7 @@ def test_fit_refuses_and_leaves_no_model_that_seems_fitted(synthesis, spoil, mes
     sample = TrainingSample(2**30, torch.Generator())
     sample.add(images, [spoil(f) for f in model.smoothed_features(images)])
     with pytest.raises(ValueError, match=message):
-        fit(model, sample, synthesis, 0)
+        fit(model, sample, synthesis, VARIED, 0)
     with pytest.raises(RuntimeError, match="the model is not fitted"):
         model(images)
 
@@ -471,7 +466,14 @@ def test_validation_and_an_earlier_fit_do_not_change_a_run(reference, mvtec_root
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"embedding_dim": 3}, {"defects": ["textural"]}, {"layers": (1, 3)}, {"center_crop_size": (48, 64)}, "dtd_dir"],
+    [
+        {"embedding_dim": 3},
+        {"defects": ["textural"]},
+        {"variations": ["light"]},
+        {"layers": (1, 3)},
+        {"center_crop_size": (48, 64)},
+        "dtd_dir",
+    ],
     ids=str,
 )
 def test_every_argument_matters(arguments, reference, mvtec_root, dtd, tmp_path):
@@ -548,3 +550,22 @@ def test_trainer_of_lightnings_own_fits_in_one_epoch(reference, mvtec_root, tmp_
     trainer.fit(model, datamodule=data_of(mvtec_root))
     assert trainer.current_epoch == 1
     assert_same_model(model, reference)
+
+
+def test_layer_in_which_no_defect_stands_out_counts_for_nothing(monkeypatch):
+    """A fine grain that variations take away may leave nothing to see in a fine layer."""
+    model, images = new_model(layers=(2, 3)), images_of("part")
+    real = model.smoothed_features
+
+    def of_one_layer(*given):
+        fine, coarse = real(*given)
+        return [torch.randn(fine.shape, generator=torch.Generator().manual_seed(0)), coarse]
+
+    monkeypatch.setattr(model, "smoothed_features", of_one_layer)
+    with pytest.warns(UserWarning, match="stands out from clean images in layer 2: leave it out .* counts for nothing"):
+        fit(model, sample_of(model, images), Patch(), VARIED, 0)
+    assert model.layer_weights.flatten().tolist() == [0, 1]
+    expected = model.maps[1](of_one_layer(images)[1])
+    assert torch.allclose(
+        model.joint_distances(of_one_layer(images)), F.interpolate(expected, scale_factor=2, mode="bilinear")
+    )

@@ -1,9 +1,18 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 
-from anomalib_cse.cse_gaussian.moments import Moments, contrastive_directions, evidence, inverse_root
+from anomalib_cse.cse_gaussian.moments import (
+    STRONGEST,
+    Moments,
+    contrastive_directions,
+    evidence,
+    inverse_root,
+    log_evidence,
+    prior_strength,
+)
 
 
 def positive_definite(rng, *shape):
@@ -85,3 +94,43 @@ def test_evidence_is_the_factor_of_the_log_likelihood_ratio():
         gain = [2 * (defects.log_prob(x) - clean.log_prob(x)) for x in torch.tensor([0.0, 3.0])]
         assert (gain[1] - gain[0]).item() == pytest.approx(9 * factor.item(), abs=1e-5)
     assert evidence(ratios)[2] == 0  # varies less in defects, and says nothing
+
+
+def second_moments(vectors):
+    """Of vectors ``(P, N, D)``, ``(P, D, D)``."""
+    return torch.from_numpy(vectors.swapaxes(1, 2) @ vectors / vectors.shape[1])
+
+
+@pytest.mark.parametrize("strength", [0.5, 3.0, 40.0])
+def test_log_evidence_is_that_of_vectors_that_come_one_by_one(strength):
+    """Given those before it, a vector has Student's t distribution."""
+    vectors = np.random.default_rng(0).normal(size=(2, 5, 3)) * [1, 2, 0.3]
+    expected = 0.0
+    for position in vectors:
+        scale, freedom = strength * np.eye(3), strength + 4
+        for vector in position:
+            expected += scipy.stats.multivariate_t.logpdf(vector, shape=scale / (freedom - 2), df=freedom - 2)
+            scale, freedom = scale + np.outer(vector, vector), freedom + 1
+    constant = -vectors.size / 2 * np.log(np.pi)
+    variances = torch.linalg.eigvalsh(second_moments(vectors))
+    found = log_evidence(strength, variances, torch.full((2,), 5.0, dtype=torch.float64))
+    assert found + constant == pytest.approx(expected)
+
+
+def test_positions_without_vectors_say_nothing():
+    variances, counts = torch.rand(3, 4, dtype=torch.float64), torch.tensor([7.0, 0.0, 5.0], dtype=torch.float64)
+    assert log_evidence(2.0, variances, counts) == pytest.approx(log_evidence(2.0, variances[::2], counts[::2]))
+
+
+@pytest.mark.parametrize("strength", [3, 30])
+def test_prior_strength_is_that_which_covariances_were_drawn_with(strength):
+    covariances = scipy.stats.invwishart.rvs(strength + 5, strength * np.eye(4), size=400, random_state=0)
+    normal = np.random.default_rng(0).normal(size=(400, 25, 4))
+    vectors = normal @ np.linalg.cholesky(covariances).swapaxes(1, 2)
+    counts = torch.full((20, 20), 25.0, dtype=torch.float64)
+    assert prior_strength(second_moments(vectors).view(20, 20, 4, 4), counts) == pytest.approx(strength, rel=0.15)
+
+
+def test_prior_is_as_strong_as_can_be_where_all_positions_are_alike():
+    vectors = np.random.default_rng(0).normal(size=(400, 25, 4))
+    assert prior_strength(second_moments(vectors), torch.full((400,), 25.0, dtype=torch.float64)) > STRONGEST / 1000

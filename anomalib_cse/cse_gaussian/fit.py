@@ -1,90 +1,65 @@
-"""The closed form: directions, then covariances and scales, by clean and corrupted images."""
+"""The closed form: directions, then covariances and scales, by clean, corrupted and varied images."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from itertools import chain
 from operator import add
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ..synthesis import AnomalySynthesis
-from .corrupted import Corrupted, corrupted_features, defect_moments
-from .moments import RIDGE, Moments, contrastive_directions, evidence, inverse_root
+from .defects import corrupted_features, defect_moments
+from .moments import RIDGE, Moments, contrastive_directions, evidence, inverse_root, prior_strength
 from .sample import Seen, TrainingSample, batches
-from .torch_model import CseGaussianModel, from_border
-from .trial import Trial, separation
+from .torch_model import CseGaussianModel, GaussianMap, from_border
+from .variations import change_moments
 
 FEWEST_CORRUPTED, MOST_CORRUPTED = 16, 128  # as many images as there are get synthetic defects, within these bounds
 ROUNDING = 1e-12  # share of a second moment that is no variance
-PRIOR = 10  # images' worth of trust in the covariance that all positions have in common
-TRIED_PRIOR = 100  # likewise in the trial: covariances of half of the images are noisier than those they stand for
-FEWEST_TRIED = PRIOR  # images to try own covariances with: of fewer, they would count for less than half
+LEAST_OWN = 0.1  # share of a covariance that a position's own images must have in it; of less, all positions share one
 
 
 class Fit(NamedTuple):
-    """What a model was fitted by, beside the sample: moments of defects, and what decided whether positions differ.
+    """What a model was fitted by, beside the sample: moments of defects and of variations, and what positions share.
 
-    Moments are of the defects in images of each fold, and of each layer. The trial is ``None`` if nothing was tried,
-    for want of images or of memory.
+    Moments are of the images of each fold, and of each layer. A layer's strength is how many images the covariance
+    counts for that all positions share; infinite if it is the only one.
     """
 
     defects: list[list[Moments]]
-    trial: Trial | None
-
-    @property
-    def differ(self) -> bool:
-        """Whether positions have covariances of their own."""
-        return self.trial is not None and self.trial.differ
+    changes: list[list[Moments]]
+    strengths: list[float]
 
 
 @torch.no_grad()
-def fit(model: CseGaussianModel, sample: TrainingSample, synthesis: AnomalySynthesis, seed: int) -> Fit:
+def fit(
+    model: CseGaussianModel,
+    sample: TrainingSample,
+    synthesis: AnomalySynthesis,
+    variations: Sequence[str],
+    seed: int,
+) -> Fit:
     """Fit a model's maps and the weights of its layers to the training images, with defects as the seed draws them.
 
     As many images get synthetic defects as there are, within bounds; with several processes, as many as the first one
-    has.
+    has. ``variations`` are kinds of :data:`~anomalib_cse.cse_gaussian.variations.VARIATIONS`.
 
     Raises:
-        ValueError: If features are not finite or all alike, or no synthetic defect is there or stands out in a layer.
+        ValueError: If features are not finite or all alike, no synthetic defect is there, or none stands out.
     """
     model.layer_weights.fill_(torch.nan)  # so that what fails half-way is not taken for fitted
-    some, others = sample.halves
-    count = -(-min(max(sample.count, FEWEST_CORRUPTED), MOST_CORRUPTED) // 2)  # of either half
-    corrupted = corrupted_features(model, others, synthesis, count, seed)
-    tried = list(corrupted) if sample.can_be_tried(FEWEST_TRIED) else []  # else used as they come
-    drawn = chain(corrupted_features(model, some, synthesis, count, seed), tried or corrupted)
-    defects = defect_moments(drawn, some.moments)
-    of_halves = zip(some.moments, others.moments, strict=True)
-    factors = fit_directions(model, [(a + b).pooled() for a, b in of_halves], over_folds(defects))
+    count = min(max(sample.count, FEWEST_CORRUPTED), MOST_CORRUPTED)
+    defects = defect_moments(corrupted_features(model, sample.kept, synthesis, count, seed), sample.moments)
+    changes = change_moments(model, sample.kept, variations, seed)
+    pooled = [m.pooled() for m in sample.moments]
+    factors = fit_directions(model, pooled, over_folds(defects), over_folds(changes))
     model.image_size.copy_(torch.tensor(sample.kept[0].image.shape[-2:]))
-    return Fit(defects, fit_covariances(model, sample, factors, tried))
-
-
-def fit_covariances(
-    model: CseGaussianModel, sample: TrainingSample, factors: Sequence[Tensor], corrupted: Sequence[Corrupted]
-) -> Trial | None:
-    """Give all positions one covariance or each its own, whichever finds synthetic defects better.
-
-    Parts lie alike in every image, and what is usual differs from place to place. On a surface nothing has a place: own
-    covariances learn no more than the images at hand. So both are tried: with covariances and scales of one half of the
-    images, own ones shrunk harder than in the model, they are to find the defects in the other, ``corrupted``. Without
-    any defect nothing is tried.
-    """
-    some, others = sample.halves
-    trial = None
-    if sample.can_be_tried(FEWEST_TRIED) and any(drawn.masks.any() for drawn in corrupted):
-        fit_own(model, some.moments, factors, batches(some.kept), TRIED_PRIOR)
-        own = separation(model, batches(others.kept), corrupted)
-        fit_common(model, factors, batches(some.kept))
-        trial = Trial(separation(model, batches(others.kept), corrupted), own)
-    if trial is not None and trial.differ:
-        moments = [a + b for a, b in zip(some.moments, others.moments, strict=True)]
-        fit_own(model, moments, factors, batches(sample.kept))
-    else:
-        fit_common(model, factors, batches(sample.kept))
-    return trial
+    strengths = [strength_of(*of_layer) for of_layer in zip(model.maps, sample.moments, strict=True)]
+    fit_covariances(model, sample.moments, factors, strengths, batches(sample.kept))
+    return Fit(defects, changes, strengths)
 
 
 def over_folds(moments: Sequence[list[Moments]]) -> list[Moments]:
@@ -92,29 +67,44 @@ def over_folds(moments: Sequence[list[Moments]]) -> list[Moments]:
     return [reduce(add, layer) for layer in zip(*moments, strict=True)]
 
 
-def fit_directions(model: CseGaussianModel, background: Sequence[Moments], defects: Sequence[Moments]) -> list[Tensor]:
-    """Select the embedding of every map by moments of clean features and of defects, of all positions together.
+def fit_directions(
+    model: CseGaussianModel, background: Sequence[Moments], defects: Sequence[Moments], changes: Sequence[Moments]
+) -> list[Tensor]:
+    """Select the embedding of every map by moments of clean features, of defects, and of changes by variations.
+
+    All are of all positions together. What a change does to features counts as if clean features varied by it.
 
     Returns:
         What a squared deviation along the directions says, ``(D,)`` of each layer.
     """
     factors = []
-    for level, gaussian, clean, defect in zip(model.backbone.levels, model.maps, background, defects, strict=True):
+    of_layers = zip(model.backbone.levels, model.maps, background, defects, changes, strict=True)
+    for level, gaussian, clean, defect, change in of_layers:
         check_moments(level, clean, defect)
         covariance = clean.about(clean.mean)
         covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
+        covariance += change.about(torch.zeros_like(change.mean))
         dim = gaussian.directions.shape[1]
         directions, ratios = contrastive_directions(covariance, defect.about(clean.mean), dim)
         gaussian.set("directions", directions)
         gaussian.set("mean", clean.mean)
         factors.append(evidence(ratios))
-        if not factors[-1].any():
-            msg = (
-                f"no synthetic defect stands out from clean images in layer {level}: leave it out of layers, "
-                "or give other kinds of defects or textures (defects, dtd_dir)"
-            )
-            raise ValueError(msg)
+    check_evidence(model.backbone.levels, factors)
     return factors
+
+
+def check_evidence(levels: Sequence[int], factors: Sequence[Tensor]) -> None:
+    """Warn of layers in which no defect stands out, which count for nothing; raise a ``ValueError`` if all are such."""
+    useless = [str(level) for level, factor in zip(levels, factors, strict=True) if not factor.any()]
+    if not useless:
+        return
+    found = (
+        f"no synthetic defect stands out from clean images in layer {', '.join(useless)}: leave it out of layers, or "
+        "give other kinds of defects or textures (defects, dtd_dir), or fewer variations"
+    )
+    if len(useless) == len(levels):
+        raise ValueError(found)
+    rank_zero_warn(f"{found}; it counts for nothing")
 
 
 def check_moments(level: int, clean: Moments, defects: Moments) -> None:
@@ -134,32 +124,65 @@ def check_moments(level: int, clean: Moments, defects: Moments) -> None:
         raise ValueError(msg)
 
 
-def fit_common(model: CseGaussianModel, factors: Sequence[Tensor], shown: Iterable[Seen]) -> None:
-    """Give all positions one covariance, which is 1 in the embedding; fit scales, of rows and columns, and weights."""
-    for gaussian, factor in zip(model.maps, factors, strict=True):
-        gaussian.set("roots", factor.sqrt().diag())
-    set_scales(model, factors, [of_rows_and_columns(total, weight) for total, weight in distances(model, shown)])
+def embedded(gaussian: GaussianMap, moments: Moments) -> Tensor:
+    """Return second moments at every position in the embedding, ``(h, w, D, D)``; they are 1 on average.
+
+    To the clean features' own comes what all positions share: the ridge, and what variations do.
+    """
+    mean, directions = gaussian.mean.to(moments.first), gaussian.directions.to(moments.first)
+    at_positions, of_all = (directions.mT @ m.about(mean) @ directions for m in (moments, moments.pooled()))
+    return at_positions + torch.eye(len(of_all)).to(of_all) - of_all
 
 
-def fit_own(
+def strength_of(gaussian: GaussianMap, moments: Moments) -> float:
+    """Return how many images the covariance counts for that all positions share, infinite if it is the only one.
+
+    Parts lie alike in every image, and what is usual differs from place to place. On a surface nothing has a place: own
+    covariances learn no more than the images at hand. The likeliest prior of positions' covariances tells which it is.
+    """
+    if moments.weight.dim() == 1:
+        return math.inf
+    strength = prior_strength(embedded(gaussian, moments), moments.weight[..., 0])
+    return strength if own_share(moments, strength) >= LEAST_OWN else math.inf
+
+
+def own_share(moments: Moments, strength: float) -> float:
+    """Return how much of a covariance a position's own images say, in [0, 1]: of the position seen most often."""
+    images = float(moments.weight.max())
+    return images / (images + strength)
+
+
+def fit_covariances(
     model: CseGaussianModel,
     moments: Sequence[Moments],
     factors: Sequence[Tensor],
+    strengths: Sequence[float],
     shown: Iterable[Seen],
-    prior: float = PRIOR,
 ) -> None:
-    """Give every position its own covariance, shrunk to the common one if images are few; fit scales and weights.
+    """Fit covariances, scales, and the layers' weights.
 
-    ``moments`` are those of the features at every position, of each layer; ``shown`` features measure the scales;
-    ``prior`` is how many images the common covariance counts for.
+    A covariance is what the position's own images say, and what all say, which is 1 in the embedding and counts for so
+    many images as the layer's strength. If that is infinite, all positions have the same.
+
+    Args:
+        model: Whose directions have been fitted.
+        moments: Of each layer; of every position, if its strength is finite.
+        factors: See :func:`fit_directions`.
+        strengths: Of each layer.
+        shown: Images by which the scales are measured.
     """
-    for gaussian, at_positions, factor in zip(model.maps, moments, factors, strict=True):
-        directions = gaussian.directions.to(factor)
-        embedded = directions.mT @ at_positions.about(gaussian.mean.to(factor)) @ directions  # (h, w, D, D)
-        own = (at_positions.weight / (at_positions.weight + prior))[..., None]
-        shrunk = own * embedded + (1 - own) * torch.eye(len(factor)).to(factor)
+    for gaussian, of_layer, factor, strength in zip(model.maps, moments, factors, strengths, strict=True):
+        if math.isinf(strength):
+            gaussian.set("roots", factor.sqrt().diag())
+            continue
+        own = (of_layer.weight / (of_layer.weight + strength))[..., None]
+        shrunk = own * embedded(gaussian, of_layer) + (1 - own) * torch.eye(len(factor)).to(factor)
         gaussian.set("roots", inverse_root(shrunk) * factor.sqrt())
-    set_scales(model, factors, [mean_of(total, weight) for total, weight in distances(model, shown)])
+    for gaussian, (total, weight) in zip(model.maps, distances(model, shown), strict=True):
+        mean = mean_of if gaussian.has_positions else of_rows_and_columns
+        gaussian.set("scale", 1 / mean(total, weight))
+    dimensions = torch.stack([f.sum() for f in factors])
+    model.layer_weights.copy_((dimensions / dimensions.sum()).view(1, -1, 1, 1))
 
 
 def distances(model: CseGaussianModel, shown: Iterable[Seen]) -> list[tuple[Tensor, Tensor]]:
@@ -205,11 +228,3 @@ def of_rows_and_columns(total: Tensor, weight: Tensor) -> Tensor:
     """
     rows, columns = (mean_of(total.sum(dim=axis), weight.sum(dim=axis)) for axis in (1, 0))
     return rows[:, None] * columns / mean_of(total.sum(), weight.sum())
-
-
-def set_scales(model: CseGaussianModel, factors: Sequence[Tensor], means: Iterable[Tensor]) -> None:
-    """Make 1 of the mean distances at every position, of each layer; weigh layers by their dimensions."""
-    for gaussian, mean in zip(model.maps, means, strict=True):
-        gaussian.set("scale", 1 / mean)
-    dimensions = torch.stack([f.sum() for f in factors])
-    model.layer_weights.copy_((dimensions / dimensions.sum()).view(1, -1, 1, 1))

@@ -1,29 +1,35 @@
 """Cross-validation: training images scored by fits that have not seen them."""
 
 import copy
+import math
+from collections.abc import Sequence
 
 import torch
 
 from ..deployment import UnseenScores, extremes
-from .fit import Fit, fit_common, fit_directions, fit_own, over_folds
+from .fit import Fit, fit_covariances, fit_directions, over_folds
 from .moments import Moments
 from .sample import FOLDS, TrainingSample, batches
 from .torch_model import CseGaussianModel
+from .variations import varied_features
+
+MOST_VARIED = 16  # images of a fold
 
 
 @torch.no_grad()
-def unseen_scores(model: CseGaussianModel, sample: TrainingSample, fitted: Fit) -> UnseenScores:
-    """Score the sampled images, each fold by a fit to all other images and to the defects drawn into them.
+def unseen_scores(
+    model: CseGaussianModel, sample: TrainingSample, fitted: Fit, variations: Sequence[str], seed: int
+) -> UnseenScores:
+    """Score the sampled images, each fold by a fit to all other images and to what was drawn into these.
 
-    Whether positions differ is not tried again. The sample's sums are used up, as those here take their place.
+    How much positions share stays as it is. Some images are scored as variations change them, too, each by one of the
+    kinds in turn. The sample's sums are used up, as those here take their place.
     """
-    trial = copy.deepcopy(model, {id(model.backbone): model.backbone})  # which features have passed already
-    moments = [a + b for a, b in zip(*(half.moments for half in sample.halves), strict=True)]
-    for half in sample.halves:
-        half.moments.clear()
-    if not fitted.differ:
+    partial = copy.deepcopy(model, {id(model.backbone): model.backbone})  # which features have passed already
+    moments, sample.moments = sample.moments, []
+    if all(map(math.isinf, fitted.strengths)):
         moments = [m.pooled() for m in moments]
-    scored, paths = [], []
+    scored, changed, paths = [], [], []
     for number in range(FOLDS):
         unseen = [one for one in sample.kept if one.fold == number]
         of_unseen = [Moments(m.first.shape[-1], m.first.shape[:-1], m.first.device) for m in moments]
@@ -31,15 +37,21 @@ def unseen_scores(model: CseGaussianModel, sample: TrainingSample, fitted: Fit) 
             for layer, (m, f) in enumerate(zip(of_unseen, seen.features, strict=True)):
                 m.add_maps(f, seen.weights(layer))
         left = [m - u for m, u in zip(moments, of_unseen, strict=True)]
-        defects = over_folds([of_fold for other, of_fold in enumerate(fitted.defects) if other != number])
-        factors = fit_directions(trial, [m.pooled() for m in left], defects)
+        defects, changes = (over_folds(without(of_folds, number)) for of_folds in (fitted.defects, fitted.changes))
+        factors = fit_directions(partial, [m.pooled() for m in left], defects, changes)
         others = batches([one for one in sample.kept if one.fold != number])
-        if fitted.differ:
-            fit_own(trial, left, factors, others)
-        else:
-            fit_common(trial, factors, others)
+        fit_covariances(partial, left, factors, fitted.strengths, others)
         for seen in batches(unseen):
-            scored.append(extremes(trial.score(seen.features, seen.images.shape[-2:], seen.inside)))
+            scored.append(extremes(partial.score(seen.features, seen.images.shape[-2:], seen.inside)))
+        for place, kind in enumerate(variations):
+            in_turn = unseen[place : MOST_VARIED : len(variations)]
+            for seen, features in varied_features(model, in_turn, kind, seed, number, place):
+                changed.append(extremes(partial.score(features, seen.images.shape[-2:], seen.inside)))
         paths += [one.path for one in unseen]
         del of_unseen, left  # before the next ones are made
-    return UnseenScores.of(scored, paths)
+    return UnseenScores.of(scored, paths, changed)
+
+
+def without(of_folds: Sequence[list[Moments]], number: int) -> list[list[Moments]]:
+    """Return the moments of all folds but one."""
+    return [of_fold for other, of_fold in enumerate(of_folds) if other != number]

@@ -17,14 +17,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ..checks import check_fit, check_large_enough, plain
+from ..checks import check_fit, check_kinds, check_large_enough, plain
 from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
-from .fit import Fit, fit
+from .fit import Fit, fit, own_share
 from .folds import unseen_scores
 from .region import RegionMixin
 from .sample import FOLDS, TrainingSample, in_passes
 from .torch_model import CseGaussianModel, positions_inside
+from .variations import VARIATIONS
 
 SAMPLED, TEXTURES = 13, 14  # set apart the random numbers that one seed gives; fit.py has others
 TEXTURES_READ = 64  # of at most 128 defects, with all kinds a third need one
@@ -48,6 +49,10 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
             no download.
         download_dtd: Download DTD to ``dtd_dir`` if that does not exist or is empty.
         defects: Kinds of synthetic defects, out of ``structural``, ``textural`` and ``blur``.
+        variations: What another day, lamp, lens or camera may do to good images, and scores shall hardly rise by:
+            ``light`` (brightness, contrast and a slope from left to right, 20 % each), ``noise`` (5 of 255 grey
+            values), ``blur`` (1.2 pixels), ``cast`` (10 % of each colour), in pixels that the network sees. Leave out
+            what makes an image defective; an empty list is for images that stay as they are.
         image_size: Height and width that images are resized to; ``None`` is 256x256. Images keep their own sizes with
             ``pre_processor=False``, and all positions get one covariance.
         center_crop_size: Height and width cropped out of that.
@@ -57,7 +62,7 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
         reject_rate: Share of good images to be called anomalous, in (0, 0.5]: the thresholds come from training images,
             each scored by a fit without it. ``None`` takes the best F1 on the validation images, or 0.01 if none of
             them has a defect.
-        seed: Decides sample and defects, in [0, 2^32); ``None`` takes torch's seed.
+        seed: Decides sample, defects and variations, in [0, 2^32); ``None`` takes torch's seed.
         report: Write a page of scores and images at the end of a test and of a prediction.
         pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
 
@@ -79,6 +84,7 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
         dtd_dir: str | Path = "builtin",
         download_dtd: bool = False,
         defects: Sequence[str] = KINDS,
+        variations: Sequence[str] = tuple(VARIATIONS),
         image_size: tuple[int, int] | None = None,
         center_crop_size: tuple[int, int] | None = None,
         roi: str | Path | None = None,
@@ -92,8 +98,9 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         layers, pre_trained, download_dtd, defects = map(plain, (layers, pre_trained, download_dtd, defects))
-        image_size, center_crop_size, seed = map(plain, (image_size, center_crop_size, seed))
+        variations, image_size, center_crop_size, seed = map(plain, (variations, image_size, center_crop_size, seed))
         check_fit(memory_budget, seed, KINDS, defects, dtd_dir, download_dtd)
+        check_kinds("variations", variations, tuple(VARIATIONS))
         super().__init__(
             pre_processor=choose_pre_processor(pre_processor, image_size, center_crop_size),
             post_processor=choose_post_processor(post_processor, reject_rate),
@@ -213,10 +220,14 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
         if self.trainer.world_size > 1:
             sample.sum_over_processes(lambda values: strategy.reduce(values, reduce_op="sum"))
         if synthesis is not None:  # in the first process
-            fitted = fit(self.model, sample, synthesis.to(self.device), seed)
-            self.fitted, trial = (sample, fitted), fitted.trial
-            if trial is not None:
-                rank_zero_info(str(trial))
+            fitted = fit(self.model, sample, synthesis.to(self.device), self.hparams["variations"], seed)
+            if sample.has_positions:
+                shares = (own_share(*of_layer) for of_layer in zip(sample.moments, fitted.strengths, strict=True))
+                listed = ", ".join(
+                    f"{share:.0%} in layer {level}" for level, share in zip(self.backbone.levels, shares, strict=True)
+                )
+                rank_zero_info(f"What a position's own images say of its covariance counts {listed}.")
+            self.fitted = sample, fitted
         self.share_fitted()
 
     def unseen_scores(self) -> UnseenScores | None:
@@ -224,7 +235,7 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
         scores = None
         if self.fitted and self.fitted[0].count >= FOLDS:
             (sample, fitted), self.fitted = self.fitted, None
-            scores = unseen_scores(self.model, sample, fitted)
+            scores = unseen_scores(self.model, sample, fitted, self.hparams["variations"], self.effective_seed)
         return self.trainer.strategy.broadcast(scores)
 
     def on_fit_end(self) -> None:

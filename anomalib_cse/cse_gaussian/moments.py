@@ -1,12 +1,15 @@
 """Moments of features, and the directions that follow from them."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 RIDGE = 0.01  # added to a covariance, as a share of its mean variance
+STRONGEST = 1e6  # images that a prior may count for: more leave positions nothing of their own
 TINY = 1e-300  # a weight that divides nothing by nothing: outside of a region of interest there are no vectors
 
 
@@ -41,6 +44,41 @@ def evidence(ratios: Tensor) -> Tensor:
     directions in which defects vary less than clean features say nothing.
     """
     return 1 - 1 / ratios.clamp(min=1)
+
+
+def log_evidence(strength: float, variances: Tensor, counts: Tensor) -> float:
+    """Return the log marginal likelihood of positions' second moments, but for what does not depend on the strength.
+
+    At a position, n vectors of D numbers come from a Gaussian of mean 0, whose covariance comes from an inverse Wishart
+    prior with a mean of 1 and ``strength + D + 1`` degrees of freedom. Given the vectors, that covariance has the mean
+    ``(n S + strength) / (n + strength)``.
+
+    Args:
+        strength: How many vectors the prior counts for, above 0.
+        variances: Eigenvalues of the positions' second moments S, ``(P, D)``.
+        counts: How many vectors these are of, n ``(P,)``.
+    """
+    dim = variances.shape[-1]
+    before = torch.full_like(counts, (strength + dim + 1) / 2)
+    after = before + counts / 2
+    powers = before * dim * math.log(strength) - after * (strength + counts[:, None] * variances).log().sum(dim=-1)
+    volumes = torch.special.multigammaln(after, dim) - torch.special.multigammaln(before, dim)
+    return float((powers + volumes).sum())
+
+
+def prior_strength(second: Tensor, counts: Tensor) -> float:
+    """Return the strength, up to ``STRONGEST``, of the likeliest prior of positions' covariances: see ``log_evidence``.
+
+    Args:
+        second: The positions' second moments ``(..., D, D)``; they are 1 on average.
+        counts: How many vectors they are of ``(...)``.
+    """
+    variances = torch.linalg.eigvalsh(second).clamp(min=0).flatten(0, -2)
+
+    def cost(logarithm: float) -> float:
+        return -log_evidence(math.exp(logarithm), variances, counts.flatten())
+
+    return math.exp(minimize_scalar(cost, bounds=(0, math.log(STRONGEST)), method="bounded").x)
 
 
 class Moments:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Generator, Tensor
 
+from ..synthesis import generator_for
 from .moments import Moments
 from .torch_model import cover
 
@@ -70,33 +71,15 @@ def in_passes(images: Tensor, inside: Tensor | None) -> list[tuple[Tensor, Tenso
     return list(zip(parts, [None] * len(parts) if inside is None else inside.split(count), strict=True))
 
 
-class Half:
-    """Every second training image: sums over all of them, and a random sample.
-
-    Args:
-        number: 0 or 1, of this half.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.count = 0
-        self.moments: list[Moments] = []  # of each layer, of every position or of all together
-        self.kept: list[Kept] = []
-
-    def keep(
-        self, image: Tensor, features: list[Tensor], inside: Tensor | None, path: str, most: int, generator: Generator
-    ) -> None:
-        """Sample an image, all having the same chance (reservoir sampling, algorithm R)."""
-        self.count += 1
-        full = len(self.kept) >= most
-        place = int(torch.randint(self.count, (), generator=generator)) if full else len(self.kept)
-        if place < most:
-            fold = (2 * place + self.number) % FOLDS
-            self.kept[place : place + 1] = [Kept(image, features, inside, path, fold)]
+def draw(count: int, images: int, *numbers: int) -> list[int]:
+    """Draw so many of the images, none again before all have been drawn; the numbers decide."""
+    generator = generator_for(*numbers)
+    rounds = [torch.randperm(images, generator=generator) for _ in range(-(-count // images))]
+    return torch.cat(rounds)[:count].tolist()
 
 
 class TrainingSample:
-    """Sums over all training images, and a sample of them, in two halves of which one can be tried by the other.
+    """Sums over all training images, and a random sample of them.
 
     Args:
         memory_budget: Most bytes to keep.
@@ -107,13 +90,15 @@ class TrainingSample:
     def __init__(self, memory_budget: int, generator: Generator, *, has_positions: bool = True) -> None:
         self.room = memory_budget
         self.generator = generator
-        self.halves = Half(0), Half(1)
-        self.most = 0  # images to a half
+        self.count = 0  # of images that have been added
+        self.moments: list[Moments] = []  # of each layer, of every position or of all together
+        self.kept: list[Kept] = []
+        self.most = 0  # images to keep
         self.has_positions = has_positions
 
     def begin(self, features: Sequence[Tensor]) -> None:
         """Decide whether moments of every position fit the memory, by the features of an image ``(C, h, w)``."""
-        needed = sum(2 * 8 * f.shape[1] * f.shape[2] * f.shape[0] ** 2 for f in features)
+        needed = sum(8 * f.shape[1] * f.shape[2] * f.shape[0] ** 2 for f in features)
         if self.has_positions and 2 * needed > self.room:
             self.has_positions = False
             rank_zero_info(
@@ -122,17 +107,15 @@ class TrainingSample:
             )
         if self.has_positions:
             self.room -= needed
-        for half in self.halves:
-            half.moments = [Moments(f.shape[0], f.shape[1:] if self.has_positions else (), f.device) for f in features]
+        self.moments = [Moments(f.shape[0], f.shape[1:] if self.has_positions else (), f.device) for f in features]
 
     def limit(self, image_bytes: int) -> None:
         """Keep no more images than there is room for, if all had so many bytes."""
-        most = max(FEWEST_KEPT // 2, self.room // (2 * image_bytes))
+        most = max(FEWEST_KEPT, self.room // image_bytes)
         self.most = min(self.most, most) if self.most else most
-        for half in self.halves:
-            if len(half.kept) > self.most:
-                places = torch.randperm(len(half.kept), generator=self.generator)[: self.most]
-                half.kept = [half.kept[place] for place in sorted(places.tolist())]
+        if len(self.kept) > self.most:
+            places = torch.randperm(len(self.kept), generator=self.generator)[: self.most]
+            self.kept = [self.kept[place] for place in sorted(places.tolist())]
 
     def add(
         self,
@@ -151,36 +134,23 @@ class TrainingSample:
         kept_of_each = (images, *features) if inside is None else (images, inside, *features)
         self.limit(sum(values.nbytes for values in kept_of_each) // len(images))
         seen = Seen(images, list(features), inside)
-        turn = self.count % 2  # halves take turns, also over batches
-        for half, rows in zip(self.halves, (slice(turn, None, 2), slice(1 - turn, None, 2)), strict=True):
-            for layer, (moments, f) in enumerate(zip(half.moments, features, strict=True)):
-                moments.add_maps(f[rows], seen.weights(layer)[rows])
-            names = paths[rows] if paths else [""] * len(images[rows])
-            regions = [None] * len(names) if inside is None else inside[rows]
-            for path, region, *kept in zip(names, regions, images[rows], *(f[rows] for f in features), strict=True):
-                image, *of_image = (values.clone() for values in kept)  # a view would keep the whole batch in memory
-                region = None if region is None else region.clone()
-                half.keep(image, of_image, region, path, self.most, self.generator)
+        for layer, (moments, f) in enumerate(zip(self.moments, features, strict=True)):
+            moments.add_maps(f, seen.weights(layer))
+        names = paths or [""] * len(images)
+        regions = [None] * len(images) if inside is None else inside
+        for path, region, *values in zip(names, regions, images, *features, strict=True):
+            self.keep(path, region, *values)
 
-    @property
-    def count(self) -> int:
-        """How many images have been added."""
-        return sum(half.count for half in self.halves)
-
-    def can_be_tried(self, fewest: int) -> bool:
-        """Whether own covariances can be tried: with moments of positions, of so many images, some kept of both halves.
-
-        With several processes the moments are those of all, the images those of the first.
-        """
-        images = sum(float(half.moments[0].weight.max()) for half in self.halves)
-        return self.has_positions and images >= fewest and all(half.kept for half in self.halves)
-
-    @property
-    def kept(self) -> list[Kept]:
-        """The sampled images of both halves."""
-        return [one for half in self.halves for one in half.kept]
+    def keep(self, path: str, inside: Tensor | None, image: Tensor, *features: Tensor) -> None:
+        """Sample an image, all having the same chance (reservoir sampling, algorithm R)."""
+        self.count += 1
+        full = len(self.kept) >= self.most
+        place = int(torch.randint(self.count, (), generator=self.generator)) if full else len(self.kept)
+        if place < self.most:
+            # clones, as a view would keep the whole batch in memory
+            region, own = None if inside is None else inside.clone(), [f.clone() for f in features]
+            self.kept[place : place + 1] = [Kept(image.clone(), own, region, path, place % FOLDS)]
 
     def sum_over_processes(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Add up the sums of several processes, by a function that sums a tensor over them; samples stay their own."""
-        for half in self.halves:
-            half.moments = [moments.summed(reduce) for moments in half.moments]
+        self.moments = [moments.summed(reduce) for moments in self.moments]

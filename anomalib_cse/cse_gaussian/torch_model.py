@@ -19,6 +19,7 @@ from ..checks import check_fitted, check_large_enough, check_number, check_same_
 from ..features import FrozenBackbone, filled_up, fuse, pool, resize
 
 FINEST = 8  # stride of the finest map; finer layers are pooled to it
+SHARPNESS = 3  # power of the ratio by which maps are sharpened
 REGISTER = 16  # numbers that processors multiply at once
 POSITIONS = 200  # of so many, an image's score is the highest; of more, the mean of the highest half per cent
 HALF = 0.5  # of a position, to count as inside a region of interest
@@ -31,13 +32,14 @@ def smooth(maps: Tensor) -> Tensor:
 
 
 def sharpen(maps: Tensor) -> Tensor:
-    """Take back some of what smoothing spreads in maps ``(B, 1, H, W)``: a step of Gold's ratio deconvolution.
+    """Take back some of what smoothing spreads in maps ``(B, 1, H, W)``: a long step of Gold's ratio deconvolution.
 
-    Features are smoothed so that no single position decides an image's score. What lies around a defect gets some of
-    its distance by that.
+    That multiplies a map by a power of its ratio to itself smoothed. Features are smoothed so that no single position
+    decides an image's score. What lies around a defect gets some of its distance by that.
     """
-    around = smooth(maps).clamp(min=torch.finfo(maps.dtype).tiny)
-    return maps * maps * (around.log() * -1).exp()  # maps^2 / around: a division OpenVINO rounds, whatever is marked
+    tiny = torch.finfo(maps.dtype).tiny
+    ratio = maps.clamp(min=tiny).log() - smooth(maps).clamp(min=tiny).log()  # logarithms, as OpenVINO rounds divisions
+    return maps * (SHARPNESS * ratio).exp()
 
 
 def cover(masks: Tensor, size: Sequence[int]) -> Tensor:
@@ -278,7 +280,7 @@ class CseGaussianModel(DynamicBufferMixin):
         height, width = images.shape[-2:]
         inside = self.inside((height, width)) if inside is None else inside
         images, inside = self.filled_up(images), None if inside is None else self.filled_up(inside)
-        if self.maps[0].has_positions:
+        if any(gaussian.has_positions for gaussian in self.maps):
             check_same_size(images, self.image_size)
         scored = self.score(self.smoothed_features(images, inside), images.shape[-2:], inside)
         anomaly_map = cast(Tensor, scored.anomaly_map)

@@ -27,17 +27,21 @@ def extremes(scored: InferenceBatch) -> Tensor:
 
 
 class UnseenScores(NamedTuple):
-    """Scores of good images by fits that have not seen them, and the highest values of their maps, ``(N,)`` each."""
+    """Scores of good images by fits that have not seen them, and the highest values of their maps, ``(N,)`` each.
+
+    ``changed`` ``(M,)`` are scores of such images as another day, lamp, lens or camera may give them.
+    """
 
     images: Tensor
     pixels: Tensor
     paths: list[str]
+    changed: Tensor = torch.zeros(0)
 
     @classmethod
-    def of(cls, found: Iterable[Tensor], paths: list[str]) -> "UnseenScores":
-        """Collect the :func:`extremes` of batches, of images with these paths."""
+    def of(cls, found: Iterable[Tensor], paths: list[str], changed: Iterable[Tensor] = ()) -> "UnseenScores":
+        """Collect the :func:`extremes` of batches, of images with these paths, and of changed ones."""
         images, pixels = torch.cat(list(found), dim=1)
-        return cls(images, pixels, paths)
+        return cls(images, pixels, paths, torch.cat([torch.zeros(2, 0), *changed], dim=1)[0])
 
     def suspicious(self) -> list[tuple[str, float]]:
         """Return the paths of images whose scores the others do not explain, and their scores, the highest first.

@@ -178,7 +178,7 @@ class MidwayPostProcessor(PostProcessor):
         del trainer, pl_module
         if self.knows_good_scores:
             thresholds = f"{self.image_threshold:.4g} for images, {self.pixel_threshold:.4g} for pixels"
-            rank_zero_info(f"Thresholds are {thresholds}. Rejects: {self.expectation}")
+            rank_zero_info(f"Thresholds are {thresholds}. Rejects: {self.expectation}{self.expectation_of_changed}")
         self.suspicious, self.unseen = self.unseen.suspicious() if self.unseen else (), None
         if self.suspicious:
             listed = ", ".join(f"{path} ({score:.3g})" for path, score in self.suspicious[:5])
@@ -216,6 +216,14 @@ class MidwayPostProcessor(PostProcessor):
             f"{100 * high:.2g} % with {CONFIDENCE:.0%} confidence, by {good.number} of these, each scored without "
             "training on it."
         )
+
+    @property
+    def expectation_of_changed(self) -> str:
+        """How many good images of another day or camera will be rejected; nothing but while a fit knows it."""
+        if self.unseen is None or not len(self.unseen.changed):
+            return ""
+        share = float((self.unseen.changed > self.cut).double().mean())
+        return f" Of {len(self.unseen.changed)} changed as variations say, {share:.0%} would be."
 
     @property
     def has_thresholds(self) -> bool:

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from rich.progress import track
 from torch import Tensor
 
 from ..synthesis import AnomalySynthesis, generator_for
 from .moments import Moments
-from .sample import BATCH, FOLDS, Half, batches, in_one_pass
+from .sample import BATCH, FOLDS, Kept, batches, draw, in_one_pass
 from .torch_model import CseGaussianModel, cover
 
 DRAWN, DEFECTS = 10, 11  # set apart the random numbers that one seed gives
@@ -24,24 +23,15 @@ class Corrupted(NamedTuple):
     folds: Sequence[int]
 
 
-def draw(count: int, images: int, *numbers: int) -> list[int]:
-    """Draw so many of the images, none again before all have been drawn; the numbers decide."""
-    generator = generator_for(*numbers)
-    rounds = [torch.randperm(images, generator=generator) for _ in range(-(-count // images))]
-    return torch.cat(rounds)[:count].tolist()
-
-
 def corrupted_features(
-    model: CseGaussianModel, half: Half, synthesis: AnomalySynthesis, count: int, seed: int
+    model: CseGaussianModel, kept: Sequence[Kept], synthesis: AnomalySynthesis, count: int, seed: int
 ) -> Iterator[Corrupted]:
-    """Give the features of sampled images with synthetic defects, and the defects' masks."""
-    if not half.kept:
-        return
-    drawn = [half.kept[place] for place in draw(count, len(half.kept), seed, DRAWN, half.number)]
+    """Give the features of so many sampled images with synthetic defects, and the defects' masks."""
+    drawn = [kept[place] for place in draw(count, len(kept), seed, DRAWN)]
     done = 0
     passes = -(-count // min(BATCH, in_one_pass(drawn[0].image.shape[1:])))
     for seen in track(batches(drawn), description="Painting synthetic defects", total=passes):
-        params = synthesis.sample(seen.images.shape, generator_for(seed, DEFECTS, half.number, done))
+        params = synthesis.sample(seen.images.shape, generator_for(seed, DEFECTS, done))
         masks = params.mask.to(seen.images.device)
         features = model.smoothed_features(synthesis.apply(seen.images, params), seen.inside)
         yield Corrupted(features, masks if seen.inside is None else masks * seen.inside, seen.inside, seen.folds)

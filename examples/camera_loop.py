@@ -92,10 +92,10 @@ class Drift:
         if len(self.recent) < self.RECENT:
             return ""
         shift = (statistics.median(self.recent) - self.usual["mean"]) / self.usual["deviation"]
-        if abs(shift) <= self.most / 2 and self.has_moved:
+        if shift <= self.most / 2 and self.has_moved:
             self.has_moved = False
             return f"the last {self.RECENT} scores are usual again"
-        if abs(shift) <= self.most or self.has_moved:
+        if shift <= self.most or self.has_moved:
             return ""
         self.has_moved = True
         return (

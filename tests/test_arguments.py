@@ -26,6 +26,7 @@ OUT_OF_RANGE = {
     "contrast_weight": (r"number in \(0, inf\)", [0, -1.0, NAN, INF, "1", None]),
     "dtd_dir": ("'builtin' or a folder", ["", None, 3]),
     "download_dtd": ("True or False", ["yes", None]),
+    "variations": ("some of", ["blur", None, 3, ["scratch"], ["blur", 3], ["blur", "blur"], [["blur"]]]),
     "defects": ("some of", [[], "blur", None, 3, ["scratch"], ["blur", 3], ["blur", "blur"], [["blur"]]]),
     "learning_rate": (r"number in \(0, inf\)", [0, -1e-3, NAN, INF, "x", None]),
     "holdout_ratio": (r"number in \[0, 1\)", [-0.1, 1, 1.5, NAN, "x", None]),

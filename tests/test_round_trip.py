@@ -29,6 +29,7 @@ VALUES = {
     "contrast_weight": (np.float32(5), 5.0),
     "dtd_dir": (Path("dtd"), "dtd"),
     "download_dtd": (np.zeros((), bool), False),
+    "variations": (np.array(["noise", "light"]), ["noise", "light"]),
     "defects": (np.array(["blur", "structural"]), ["blur", "structural"]),
     "learning_rate": (np.float64(1e-3), 1e-3),
     "holdout_ratio": (np.float32(0.5), 0.5),

@@ -29,7 +29,7 @@ def unseen_scores(
     moments, sample.moments = sample.moments, []
     if all(map(math.isinf, fitted.strengths)):
         moments = [m.pooled() for m in moments]
-    scored, changed, paths = [], [], []
+    scored, varied, paths = [], [], []
     for number in range(FOLDS):
         unseen = [one for one in sample.kept if one.fold == number]
         of_unseen = [Moments(m.first.shape[-1], m.first.shape[:-1], m.first.device) for m in moments]
@@ -46,10 +46,10 @@ def unseen_scores(
         for place, kind in enumerate(variations):
             in_turn = unseen[place : MOST_VARIED : len(variations)]
             for seen, features in varied_features(model, in_turn, kind, seed, number, place):
-                changed.append(extremes(partial.score(features, seen.images.shape[-2:], seen.inside)))
+                varied.append(extremes(partial.score(features, seen.images.shape[-2:], seen.inside)))
         paths += [one.path for one in unseen]
         del of_unseen, left  # before the next ones are made
-    return UnseenScores.of(scored, paths, changed)
+    return UnseenScores.of(scored, paths, varied)
 
 
 def without(of_folds: Sequence[list[Moments]], number: int) -> list[list[Moments]]:

@@ -25,7 +25,7 @@ class Comparison(NamedTuple):
         expected: Share of them that should be rejected.
         measured: Share that is.
         shift: How far their mean logarithm lies above the old one, in old deviations.
-        has_moved: Whether that is more than chance gives, which would say so once in a hundred times.
+        has_moved: Whether they have risen by more than chance gives, which would say so once in a hundred times.
     """
 
     number: int
@@ -39,7 +39,8 @@ class Comparison(NamedTuple):
         """Compare scores ``(N,)`` of new good images with what those of training images let expect."""
         shift = (float(logarithms(scores).mean()) - good.mean) / good.deviation
         error = (1 / good.number + 1 / len(scores)) ** 0.5
-        has_moved = abs(shift) > float(student.isf(CHANCE / 2, good.number - 1)) * error
+        # scores may well lie lower: the threshold is also of images that variations have changed
+        has_moved = shift > float(student.isf(CHANCE, good.number - 1)) * error
         return cls(len(scores), good.rate(threshold), float((scores > threshold).double().mean()), shift, has_moved)
 
     def __str__(self) -> str:

@@ -29,19 +29,19 @@ def extremes(scored: InferenceBatch) -> Tensor:
 class UnseenScores(NamedTuple):
     """Scores of good images by fits that have not seen them, and the highest values of their maps, ``(N,)`` each.
 
-    ``changed`` ``(M,)`` are scores of such images as another day, lamp, lens or camera may give them.
+    ``varied`` ``(2, M)`` are both of such images as another day, lamp, lens or camera may give them.
     """
 
     images: Tensor
     pixels: Tensor
     paths: list[str]
-    changed: Tensor = torch.zeros(0)
+    varied: Tensor = torch.zeros(2, 0)
 
     @classmethod
-    def of(cls, found: Iterable[Tensor], paths: list[str], changed: Iterable[Tensor] = ()) -> "UnseenScores":
-        """Collect the :func:`extremes` of batches, of images with these paths, and of changed ones."""
+    def of(cls, found: Iterable[Tensor], paths: list[str], varied: Iterable[Tensor] = ()) -> "UnseenScores":
+        """Collect the :func:`extremes` of batches, of images with these paths, and of varied ones."""
         images, pixels = torch.cat(list(found), dim=1)
-        return cls(images, pixels, paths, torch.cat([torch.zeros(2, 0), *changed], dim=1)[0])
+        return cls(images, pixels, paths, torch.cat([torch.zeros(2, 0), *varied], dim=1))
 
     def suspicious(self) -> list[tuple[str, float]]:
         """Return the paths of images whose scores the others do not explain, and their scores, the highest first.
@@ -73,10 +73,13 @@ class GoodScores(NamedTuple):
     deviation: float
 
     @classmethod
-    def of(cls, scores: Tensor) -> "GoodScores":
-        """Return the spread of scores ``(N,)`` in [0, inf)."""
-        logs = logarithms(scores)
-        return cls(len(logs), float(logs.mean()), max(float(logs.std()), ALIKE))
+    def of(cls, scores: Tensor, varied: Tensor | None = None) -> "GoodScores":
+        """Return the spread of scores ``(N,)`` in [0, inf), and of those of the same images as they are ``varied``.
+
+        These spread the scores, and make no more images of them.
+        """
+        logs = logarithms(scores if varied is None else torch.cat([scores, varied]))
+        return cls(len(scores), float(logs.mean()), max(float(logs.std()), ALIKE))
 
     def deviations(self, rate: float) -> float:
         """Return how many deviations above the mean another image's score is with a probability of ``rate``."""

@@ -110,8 +110,10 @@ class MidwayPostProcessor(PostProcessor):
                 f"thresholds are the highest values of the validation images (give {FEWEST} that a fit has not seen)"
             )
             return
-        self.good_images.copy_(torch.tensor(GoodScores.of(scores.images)))
-        self.good_pixels.copy_(torch.tensor(GoodScores.of(scores.pixels)))
+        for known, as_they_are, varied in zip(
+            (self.good_images, self.good_pixels), (scores.images, scores.pixels), scores.varied, strict=True
+        ):
+            known.copy_(torch.tensor(GoodScores.of(as_they_are, varied)))
         self.unseen = scores
         self.reject(self.reject_rate or USUAL_RATE)
 
@@ -178,7 +180,7 @@ class MidwayPostProcessor(PostProcessor):
         del trainer, pl_module
         if self.knows_good_scores:
             thresholds = f"{self.image_threshold:.4g} for images, {self.pixel_threshold:.4g} for pixels"
-            rank_zero_info(f"Thresholds are {thresholds}. Rejects: {self.expectation}{self.expectation_of_changed}")
+            rank_zero_info(f"Thresholds are {thresholds}. Rejects: {self.expectation}{self.counted}")
         self.suspicious, self.unseen = self.unseen.suspicious() if self.unseen else (), None
         if self.suspicious:
             listed = ", ".join(f"{path} ({score:.3g})" for path, score in self.suspicious[:5])
@@ -218,12 +220,13 @@ class MidwayPostProcessor(PostProcessor):
         )
 
     @property
-    def expectation_of_changed(self) -> str:
-        """How many good images of another day or camera will be rejected; nothing but while a fit knows it."""
-        if self.unseen is None or not len(self.unseen.changed):
+    def counted(self) -> str:
+        """How many of these images are rejected as they are, and as variations change them; while a fit knows it."""
+        if self.unseen is None or not self.unseen.varied.numel():
             return ""
-        share = float((self.unseen.changed > self.cut).double().mean())
-        return f" Of {len(self.unseen.changed)} changed as variations say, {share:.0%} would be."
+        scores = self.unseen.images, self.unseen.varied[0]
+        as_they_are, varied = (100 * float((found > self.cut).double().mean()) for found in scores)
+        return f" Of these, {as_they_are:.2g} % are rejected as they are, {varied:.2g} % as variations change them."
 
     @property
     def has_thresholds(self) -> bool:

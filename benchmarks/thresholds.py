@@ -3,7 +3,8 @@
 Nobody has defects to set a threshold by at first. Three ways do without: ``reject_rate`` of the models here, and
 anomalib's ``val_split_mode``, ``from_train`` (the highest score of good images kept from training) and ``synthetic``
 (the best F1 on those, half of them with synthetic defects). Each is fitted to the training images, and the threshold
-counted out on the test images. The models stand in a YAML file; see ``configs/compare``.
+counted out on the test images, as they are and under another light, noise and blur, as in ``robustness.py``. The models
+stand in a YAML file; see ``configs/compare``.
 """
 
 from collections.abc import Iterator
@@ -11,34 +12,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
-import torch
-from anomalib.data import Folder, ImageBatch
 from anomalib.engine import Engine
-from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 from scipy.stats import binom
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from anomalib_cse.deployment.post_processing import MidwayPostProcessor, spread
 
 from common import QUIET, Row, hardware, markdown
 from contenders import Contender, chosen, images_of, parser_of
+from robustness import MIXED, scores
 
 RATES = 0.01, 0.05, 0.1
 WAYS = "reject_rate", "from_train", "synthetic"
-
-
-@torch.no_grad()
-def raw_scores(model: AnomalibModule, images: Folder) -> tuple[Tensor, Tensor]:
-    """Return the scores of good and of defective test images as the network gives them."""
-    images.setup(TrainerFn.TESTING)
-    scores: dict[bool, list[Tensor]] = {False: [], True: []}
-    for batch in DataLoader(images.test_data, collate_fn=ImageBatch.collate):
-        scores[bool(batch.gt_label)].append(model.model(model.pre_processor(batch.image)).pred_score)
-    return torch.cat(scores[False]), torch.cat(scores[True])
 
 
 def measure(contender: Contender, dataset: Path, way: str, seed: int) -> Iterator[Row]:
@@ -58,23 +45,26 @@ def measure(contender: Contender, dataset: Path, way: str, seed: int) -> Iterato
             limit_test_batches=0,
             **QUIET,
         ).fit(model, datamodule=images)
-    good, defective = raw_scores(model, images)
+    images.setup(TrainerFn.TESTING)
+    found, _ = scores(model, images.test_data, MIXED, seed)
+    defective = images.test_data.samples["label_index"].to_numpy() == 1
     training = {"set": dataset.name, "images": len(images.train_data), "way": way}
     for rate in RATES if way == "reject_rate" else (None,):
         expected: Row = {"rejects expected %": "", "good ones rejected, expected": ""}
         if rate is not None:
             model.post_processor.reject_rate = rate
             low, high = spread(model.post_processor.good_images).interval(rate)
-            fewest, most = (int(binom.ppf(tail, len(good), p)) for tail, p in ((0.05, low), (0.95, high)))
+            fewest, most = (int(binom.ppf(tail, sum(~defective), p)) for tail, p in ((0.05, low), (0.95, high)))
             expected = {"rejects expected %": 100 * rate, "good ones rejected, expected": f"{fewest} to {most}"}
-        rejected = int((good > model.post_processor.image_threshold).sum())
-        found = float((defective > model.post_processor.image_threshold).double().mean())
+        above = {kind: s > model.post_processor.image_threshold.item() for (kind, _), s in found.items()}
+        as_they_are = above.pop("clean")
         yield {
             **training,
             **expected,
-            "good ones rejected": f"{rejected} of {len(good)}",
-            "measured %": 100 * rejected / len(good),
-            "defects found %": 100 * found,
+            "good ones rejected": f"{sum(as_they_are[~defective])} of {sum(~defective)}",
+            "measured %": 100 * as_they_are[~defective].mean(),
+            **{f"{kind}, measured %": 100 * labels[~defective].mean() for kind, labels in above.items()},
+            "defects found %": 100 * as_they_are[defective].mean(),
         }
 
 

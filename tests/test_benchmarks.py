@@ -320,6 +320,8 @@ def test_thresholds_are_counted_out_on_the_test_images(mvtec_root, dtd, tmp_path
     assert lines["way"].tolist() == ["reject_rate"] * 3 + ["from_train", "synthetic"]
     assert lines["images"].tolist() == [10] * 3 + [8, 8]
     assert (lines["defects found %"] == 100).all()
+    assert {"light, measured %", "noise, measured %", "blur, measured %"} <= set(lines)
+    assert (lines["measured %"] == lines["good ones rejected"].str.split().str[0].astype(int) * 25).all()
     images = thresholds.images_of(mvtec_root / "tiny", 32, val_split_mode="none")
     model = read_contenders(tmp_path / "list.yaml")["Tiny"].build(0, post_processor=MidwayPostProcessor(0.1))
     Engine(default_root_dir=tmp_path, limit_val_batches=0, **QUIET).fit(model, datamodule=images)

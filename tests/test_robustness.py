@@ -206,9 +206,8 @@ def test_shares_and_aurocs_by_hand():
 @pytest.fixture(scope="module")
 def measured(mvtec_root, dtd, tmp_path_factory):
     """The arguments of a run, and its output."""
-    import robustness
-
     import cells
+    import robustness
 
     folder = tmp_path_factory.mktemp("robustness")
     arguments = {**TINY, "dtd_dir": str(dtd)}
@@ -270,9 +269,8 @@ def test_run_goes_on_where_it_was_broken_off(measured, capsys):
 
 
 def test_picture_and_means_are_of_sets_that_all_models_have(tmp_path, monkeypatch):
-    import robustness
-
     import report
+    import robustness
 
     strengths = [0.5, 1]
     columns = robustness.columns_of(robustness.changes_of(strengths))

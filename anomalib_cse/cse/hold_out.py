@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ..synthesis import generator_for
@@ -67,14 +66,10 @@ class HoldOut(Callback):
         """Split as the run that is resumed did.
 
         Raises:
-            ValueError: If another seed is asked for, or another learning rate would be.
+            ValueError: If another seed is asked for.
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        finds = any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if finds and not cast("Cse", pl_module).is_configured:  # later on, it loads what it has saved itself
-            msg = "LearningRateFinder would change the schedule of the run to resume: take it out, give learning_rate"
-            raise ValueError(msg)
         begun_with, seed = int(checkpoint["state_dict"]["fit_seed"]), cast("Cse", pl_module).seed
         if seed not in (None, begun_with):
             msg = f"the run to resume was begun with seed {begun_with}, not {seed}: give that one or none"

@@ -169,14 +169,13 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam with a one-cycle schedule over the steps there are (Section 4.1); they must have an end."""
         self.seed_order(self.first_epoch)  # counting steps makes the first epoch's iterator
-        self.is_configured, self.scheduled_rate = True, plain(self.hparams["learning_rate"])
         trained = [p for p in self.parameters() if p.requires_grad]
-        return one_cycle(trained, self.scheduled_rate, self.trainer.estimated_stepping_batches)
+        return one_cycle(trained, plain(self.hparams["learning_rate"]), self.trainer.estimated_stepping_batches)
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier ``fit`` has left."""
         super().setup(stage)
-        self.pairing, self.scores_changed = None, True  # Lightning's Tuner ends a fit without saying so
+        self.pairing, self.scores_changed = None, True
         if stage == TrainerFn.FITTING:
             self.best_loss.fill_(torch.inf)
             self.model.centres.fill_(torch.nan)
@@ -188,10 +187,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
             ValueError: If there are fewer images than centres, or training ends before the first validation.
         """
         super().on_train_start()
-        if self.frozen is not None:  # not in LearningRateFinder's own run, which sets max_steps
-            check_end(self.trainer)
-        if self.hparams["learning_rate"] != self.scheduled_rate:  # LearningRateFinder has found another
-            self.trainer.strategy.setup_optimizers(self.trainer)
+        check_end(self.trainer)
         arguments, loader, seed = self.hparams, cast(DataLoader, self.trainer.train_dataloader), int(self.fit_seed)
         textures = textures_from(arguments["dtd_dir"], generator_for(seed, TEXTURES))
         synthesis = AnomalySynthesis(textures, kinds=arguments["defects"]).to(self.device)

@@ -22,7 +22,6 @@ class ResumingMixin(LightningModule):
 
     fit_seed: Tensor  # in the checkpoint
     resumes = False  # whether this run goes on with an earlier one
-    is_configured = False  # whether this run has its optimizer
     is_within_epoch = False  # whether that one was broken off there
     first_epoch = 0  # of this run
     resumed: tuple[str, dict[str, Tensor]] | None = None  # a checkpoint, and the state that resuming it has given
@@ -35,14 +34,13 @@ class ResumingMixin(LightningModule):
         """Begin with the first epoch, unless a checkpoint says otherwise."""
         super().setup(stage)
         if stage == TrainerFn.FITTING:
-            self.first_epoch, self.resumes, self.is_configured, self.resumed = 0, False, False, None
+            self.first_epoch, self.resumes, self.resumed = 0, False, None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the epoch that a resumed run goes on with."""
         super().on_load_checkpoint(checkpoint)
-        if not self.is_configured:  # later on, LearningRateFinder loads what it has saved itself
-            self.first_epoch, self.resumes = checkpoint["epoch"] + 1, True
-            self.is_within_epoch = not checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+        self.first_epoch, self.resumes = checkpoint["epoch"] + 1, True
+        self.is_within_epoch = not checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
         if self.resumed_state() is not None:
             checkpoint["callbacks"] = None  # they would name the unfinished checkpoint as the best
 

@@ -12,7 +12,6 @@ from anomalib.deploy import CompressionType
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.metrics import AnomalibMetric, Evaluator
 from anomalib.models.components.base.export_mixin import ExportMixin
-from anomalib.pre_processing import PreProcessor
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -104,22 +103,6 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
     def on_fit_start(self) -> None:
         """Note the weights of the backbone, that nothing may change."""
         self.frozen = {name: value.cpu().clone() for name, value in self.backbone.state_dict().items()}
-
-    def pre_process(self, batch: ImageBatch) -> None:
-        """Pre-process a batch where no callback does: LearningRateFinder takes all of them out while it runs."""
-        own = self.pre_processor
-        if isinstance(own, PreProcessor) and own not in self.trainer.callbacks:  # type: ignore[attr-defined]
-            own.on_train_batch_start(self.trainer, self, batch, 0)
-
-    def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Pre-process a training batch if nothing else has."""
-        del batch_idx
-        self.pre_process(batch)
-
-    def on_validation_batch_start(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Pre-process a validation batch if nothing else has."""
-        del batch_idx, dataloader_idx
-        self.pre_process(batch)
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: ImageBatch, batch_idx: int) -> None:
         """Have what the last of ``max_steps`` gives validated, be it in the middle of an epoch."""

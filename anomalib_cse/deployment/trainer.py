@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     EarlyStopping,
+    LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
@@ -28,7 +29,7 @@ from .pre_processing import check_keeps_range
 LABELS = {"pred_label", "pred_mask"}
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 COMPONENTS = (PreProcessor, PostProcessor, Evaluator, Visualizer)  # that are callbacks too
-REWRITING = (BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging)
+REWRITING = (BaseFinetuning, LearningRateFinder, ModelPruning, StochasticWeightAveraging, WeightAveraging)
 
 
 class OwnCallbacks(Callback):
@@ -75,11 +76,11 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_callbacks(trainer: Trainer, logged: Iterable[str]) -> None:
-    """Raise a ``ValueError`` if a callback would write to frozen weights, or waits for what is not among ``logged``."""
+    """Raise a ``ValueError`` if a callback would change frozen weights or the rate, or waits for what is not ``logged``."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
         if isinstance(callback, REWRITING):
-            msg = f"callback {name} would rewrite or train weights that are frozen: take it out"
+            msg = f"callback {name} would rewrite frozen weights or the schedule: take it out"
             raise ValueError(msg)
         monitored = getattr(callback, "monitor", None)
         if isinstance(callback, ModelCheckpoint) and monitored in ("epoch", "step"):

@@ -11,14 +11,12 @@ import openvino
 import pytest
 import torch
 from anomalib.data import PredictDataset
-from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from onnxruntime import InferenceSession
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from anomalib_cse import CseGaussian
-from anomalib_cse.cse_gaussian.region import RegionFolder
 from anomalib_cse.cse_gaussian.torch_model import image_score
 
 from tiny import COMMON, QUIET, data_of
@@ -145,72 +143,7 @@ def test_a_crop_is_of_the_mask_too(dtd, tmp_path):
     assert torch.equal(cropped, whole[8:56, 12:52])
 
 
-@pytest.fixture(scope="session")
-def folders(mvtec_root, tmp_path_factory):
-    """A mask for each image: one for most of them, and for the first defect one that hides it."""
-    root = tmp_path_factory.mktemp("masks")
-    for number in range(10):
-        mask(root / f"{number:03}.png", SQUARE)
-    mask(root / "square" / "000.png", LEFT)
-    return root
-
-
-@pytest.fixture(scope="session")
-def by_name(folders, mvtec_root, dtd, tmp_path_factory):
-    return fitted(folders, mvtec_root, dtd, tmp_path_factory.mktemp("by_name"))
-
-
-def test_each_image_has_its_own_region(by_name, mvtec_root):
-    model, engine = by_name
-    good, bad = (scores_of(engine, model, mvtec_root / "tiny" / "test" / kind) for kind in ("good", "square"))
-    assert bad[1:].min() > good.max()
-    assert bad[0] < bad[1:].min()
-
-
-def test_regions_by_name_that_are_all_the_same_score_as_one(regions, mvtec_root, dtd, tmp_path):
-    for number in range(10):
-        mask(tmp_path / "masks" / f"{number:03}.png", SQUARE)
-    own, engine = fitted(tmp_path / "masks", mvtec_root, dtd, tmp_path)
-    one, other_engine = regions["shows"]
-    if one.model.maps[0].has_positions:  # which regions by name never have
-        pytest.fail("the fixture is to be of one covariance")
-    files = mvtec_root / "tiny" / "test" / "square"
-    assert torch.allclose(scores_of(engine, own, files), scores_of(other_engine, one, files), atol=1e-5)
-
-
-def test_the_nearest_name_counts(tmp_path):
-    for name in ("0", "good/0", "test/good/0"):
-        mask(tmp_path / f"{name}.png", SQUARE)
-    folder = RegionFolder(tmp_path)
-    for image, name in (("a/test/good/0.jpg", "test/good/0"), ("a/train/good/0.jpg", "good/0"), ("b/0.jpg", "0")):
-        assert folder.mask_of(image) == tmp_path / f"{name}.png"
-
-
-def test_synthetic_images_have_no_mask_in_a_folder(mvtec_root, dtd, folders, tmp_path):
-    model = CseGaussian(**COMMON, dtd_dir=str(dtd), roi=folders)
-    with pytest.raises(ValueError, match=r"a folder of regions \(roi\) has no masks of synthetic images"):
-        Engine(default_root_dir=tmp_path, **QUIET).fit(
-            model, datamodule=data_of(mvtec_root, val_split_mode="synthetic")
-        )
-
-
-def test_images_without_a_mask_are_named(mvtec_root, dtd, folders, tmp_path):
-    for number in range(9):
-        mask(tmp_path / "masks" / f"{number:03}.png", SQUARE)
-    with pytest.raises(
-        ValueError, match=r"roi: .*masks has no mask of .*good/009\.png: there must be good/009\.png or"
-    ):
-        fitted(tmp_path / "masks", mvtec_root, dtd, tmp_path)
-
-
-def test_models_with_a_region_for_each_image_are_not_exported(by_name, tmp_path):
-    model, engine = by_name
-    for kind in ExportType:
-        with pytest.raises(ValueError, match=r"every image has a region of interest of its own.*give one mask image"):
-            engine.export(model, kind, export_root=tmp_path)
-
-
-def test_checkpoints_keep_the_region(regions, by_name, folders, mvtec_root, dtd, tmp_path):
+def test_checkpoints_keep_the_region(regions, trained, mvtec_root, dtd, tmp_path):
     model, engine = regions["hides"]
     path, files = engine.best_model_path, mvtec_root / "tiny" / "test" / "square"
     expected = scores_of(engine, model, files)
@@ -218,18 +151,9 @@ def test_checkpoints_keep_the_region(regions, by_name, folders, mvtec_root, dtd,
     assert torch.equal(scores_of(Engine(default_root_dir=tmp_path, **QUIET), again, files), expected)
     same = CseGaussian(**COMMON, dtd_dir=str(dtd), roi=mask(tmp_path / "left.png", LEFT))
     assert torch.equal(scores_of(Engine(default_root_dir=tmp_path, **QUIET), same, files, ckpt_path=path), expected)
-    by_name_path = by_name[1].best_model_path
-    again = CseGaussian.load_from_checkpoint(by_name_path)
-    found = scores_of(Engine(default_root_dir=tmp_path, **QUIET), again, files)
-    assert torch.equal(found, scores_of(by_name[1], by_name[0], files))
     other = mask(tmp_path / "other.png", SQUARE)
-    for roi, checkpoint, wants in (
-        (other, path, "one region"),
-        (folders, path, "one region"),
-        (None, by_name_path, "regions in"),
-        (other, by_name_path, "regions in"),
-    ):
-        wrong = CseGaussian(**COMMON, dtd_dir=str(dtd), roi=roi)
+    for checkpoint, wants in ((path, "one region"), (trained["CseGaussian"][1], "no region")):
+        wrong = CseGaussian(**COMMON, dtd_dir=str(dtd), roi=other)
         with pytest.raises(ValueError, match=f"the checkpoint is of {wants}.* the model was given another roi"):
             scores_of(Engine(default_root_dir=tmp_path, **QUIET), wrong, files, ckpt_path=checkpoint)
 
@@ -242,13 +166,12 @@ def test_checkpoints_keep_the_region(regions, by_name, folders, mvtec_root, dtd,
             FileNotFoundError,
             "roi: .*nowhere.png does not exist: give a mask image, bright where to look",
         ),
-        ("", ValueError, "roi must be a mask image or a folder of them, got ''"),
-        (7, ValueError, "roi must be a mask image or a folder of them, got 7"),
+        ("", ValueError, "roi must be a mask image, got ''"),
+        (7, ValueError, "roi must be a mask image, got 7"),
         ("text.png", ValueError, "text.png cannot be read as an image"),
         ("black.png", ValueError, "roi: .*black.png is black, so there is nowhere to look"),
         ("clear.png", ValueError, "roi: .*clear.png has an alpha channel"),
-        ("empty", ValueError, "roi: there are no images in empty"),
-        ("twice", ValueError, r"roi: twice.0\.jpg and twice.0\.png are masks of one name"),
+        ("masks", ValueError, "roi: masks is a folder: give one mask image"),
         ("dot.png", ValueError, r"roi: nothing is left of .*dot.png at \(64, 64\) pixels"),
     ],
 )
@@ -257,10 +180,7 @@ def test_wrong_regions_are_refused(roi, error, message, tmp_path, dtd, monkeypat
     (tmp_path / "text.png").write_text("no image")
     mask(tmp_path / "black.png")
     cv2.imwrite(str(tmp_path / "clear.png"), np.full((9, 9, 4), 255, np.uint8))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "notes.txt").write_text("no image")
-    for suffix in ("png", "jpg"):
-        mask(tmp_path / "twice" / f"0.{suffix}", SQUARE)
+    mask(tmp_path / "masks" / "0.png", SQUARE)
     mask(tmp_path / "dot.png", (slice(5, 6), slice(5, 6)))
     with pytest.raises(error, match=message):
         CseGaussian(**COMMON, dtd_dir=str(dtd), roi=roi)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
@@ -22,8 +22,8 @@ from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, c
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
 from .fit import Fit, fit, own_share
 from .folds import unseen_scores
-from .region import RegionMixin
-from .sample import FOLDS, TrainingSample, in_passes
+from .region import check_same_region, region_of
+from .sample import FOLDS, TrainingSample, in_one_pass, in_passes
 from .torch_model import CseGaussianModel, positions_inside
 from .variations import VARIATIONS
 
@@ -31,7 +31,7 @@ SAMPLED, TEXTURES = 13, 14  # set apart the random numbers that one seed gives; 
 TEXTURES_READ = 64  # of at most 128 defects, with all kinds a third need one
 
 
-class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
+class CseGaussian(DeploymentMixin, AnomalibModule):
     """CSE in closed form: the directions in which synthetic defects stand out, and Gaussian distances along them.
 
     ``model``, a :class:`~anomalib_cse.cse_gaussian.CseGaussianModel`, is fitted at the end of one epoch, from sums over
@@ -54,7 +54,7 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
         image_size: Height and width that images are resized to; ``None`` is 256x256. Images keep their own sizes with
             ``pre_processor=False``, and all positions get one covariance.
         center_crop_size: Height and width cropped out of that.
-        roi: Region of interest: an image, bright where to look, or a folder with one for each image, by its name.
+        roi: Region of interest: a mask image, bright where to look.
         memory_budget: Most bytes of sums, images and features that are kept of the training images, but 24 images at
             least; features of 64 corrupted ones come on top.
         reject_rate: Share of good images to be called anomalous, in (0, 0.5]: the thresholds come from training images,
@@ -110,7 +110,8 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
             self.model = CseGaussianModel(backbone, layers, pre_trained, weights, embedding_dim)
         self.make_exportable()
         if roi is not None:
-            self.look_inside(roi)
+            region = region_of(roi, getattr(self.pre_processor, "transform", None))
+            self.model.roi.resize_(region.shape).copy_(region)
         # DistributedDataParallel refuses a module in which nothing takes a gradient, Lightning steps without a loss
         self.unused = nn.Parameter(torch.zeros(()))
         self.sample: TrainingSample | None = None  # while fitting
@@ -164,7 +165,7 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
         self.sample = TrainingSample(
             self.hparams["memory_budget"],
             generator_for(seed, SAMPLED, self.global_rank),
-            has_positions=self.image_size is not None and self.regions is None,
+            has_positions=self.image_size is not None,
         )
         if self.trainer.is_global_zero:
             textures = textures_from(self.hparams["dtd_dir"], generator_for(seed, TEXTURES), TEXTURES_READ)
@@ -177,7 +178,8 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
         assert self.sample is not None  # since on_train_start
         images = cast(Tensor, batch.image)
         check_large_enough(images, self.backbone.stride)
-        inside = self.inside(images, batch.image_path)
+        inside = self.model.inside(images.shape[-2:])
+        inside = None if inside is None else inside.expand(len(images), -1, -1, -1)
         images, inside = self.model.filled_up(images), None if inside is None else self.model.filled_up(inside)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # as images are scored
             passes = [self.model.smoothed_features(*part) for part in in_passes(images, inside)]
@@ -189,8 +191,9 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
         return self.unused if self.trainer.world_size > 1 else None
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
-        """Score images ``(B, 3, H, W)``, known by ``paths``."""
-        scored = [self.model(*part) for part in in_passes(images, self.inside(images, paths))]
+        """Score images ``(B, 3, H, W)``, in parts if they are large."""
+        del paths
+        scored = [self.model(part) for part in images.split(in_one_pass(images.shape[-2:]))]
         return InferenceBatch(
             pred_score=torch.cat([part.pred_score for part in scored]),
             anomaly_map=torch.cat([part.anomaly_map for part in scored]),
@@ -240,6 +243,16 @@ class CseGaussian(RegionMixin, DeploymentMixin, AnomalibModule):
         """Let go of the training images."""
         super().on_fit_end()
         self.fitted = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the mask's file out: the region of interest is among the buffers."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"]["roi"] = None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the checkpoint; raise a ``ValueError`` if it has another region of interest than was given."""
+        super().on_load_checkpoint(checkpoint)
+        check_same_region(checkpoint, self.model.roi)
 
 
 def check_single_pass(trainer: Trainer) -> None:

@@ -5,7 +5,6 @@ from .good_scores import UnseenScores, extremes
 from .mixin import DeploymentMixin
 from .post_processing import MidwayPostProcessor, choose_post_processor
 from .pre_processing import choose_pre_processor, fixed_size
-from .trainer import image_files
 
 __all__ = [
     "DeploymentMixin",
@@ -16,5 +15,4 @@ __all__ = [
     "compare_good_images",
     "extremes",
     "fixed_size",
-    "image_files",
 ]

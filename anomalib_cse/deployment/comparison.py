@@ -70,6 +70,5 @@ def compare_good_images(model: AnomalibModule, folder: str | Path) -> Comparison
     for batch in track(loader, description="Scoring new images"):
         images = cast(Tensor, batch.image).to(model.device)
         images = model.pre_processor(images) if model.pre_processor else images
-        # as validated: a region of interest may go by the path
-        scores.append(model.score(images, batch.image_path).pred_score.cpu())  # type: ignore[operator]
+        scores.append(model.score(images).pred_score.cpu())  # type: ignore[operator]
     return Comparison.of(spread(own.good_images), torch.cat(scores), own.cut)

@@ -1,6 +1,6 @@
 """What of a trainer the models work with: its arguments, the callbacks in it, and the data that it brings."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 from anomalib import TaskType
@@ -22,7 +22,6 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..checks import OVERSHOOT
-from ..data import samples_of
 from .post_processing import MidwayPostProcessor
 from .pre_processing import check_keeps_range
 
@@ -76,7 +75,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_callbacks(trainer: Trainer, logged: Iterable[str]) -> None:
-    """Raise a ``ValueError`` if a callback would change frozen weights or the rate, or waits for what is not ``logged``."""
+    """Raise a ``ValueError`` if a callback would change weights or rate, or waits for what is not among ``logged``."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
         if isinstance(callback, REWRITING):
@@ -124,13 +123,6 @@ def resizes_before(model: LightningModule, becomes_free: bool) -> bool:
     except RuntimeError:  # it has none
         return False
     return becomes_free or isinstance(getattr(trainer, "datamodule", None), AnomalibDataModule)
-
-
-def image_files(trainer: Trainer) -> Iterator[str]:
-    """Give the files of all images that a trainer's datamodule has."""
-    data = getattr(trainer, "datamodule", None)
-    for name in ("train_data", "val_data", "test_data"):
-        yield from (sample.image for sample in samples_of(getattr(data, name, None)))
 
 
 def check_metrics(trainer: Trainer, evaluator: Evaluator | None, post_processor: object, stage: str) -> None:

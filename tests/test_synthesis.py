@@ -57,15 +57,6 @@ def test_a_seed_gives_the_defects_that_it_always_gave(textures, generator):
     assert params.kernel_size.tolist() == [5, 15, 15, 9]
 
 
-def test_probability_is_the_share_of_corrupted_images(textures, generator):
-    images = torch.rand(1000, 3, 16, 16)
-    corrupted, masks = AnomalySynthesis(textures, probability=0.3)(images, generator)
-    hits = masks.flatten(1).any(1)
-    assert abs(hits.float().mean() - 0.3) < 3 * (0.21 / 1000) ** 0.5
-    assert torch.equal(corrupted[~hits], images[~hits])
-    assert not AnomalySynthesis(textures, probability=0)(images[:8])[1].any()
-
-
 def test_kinds_are_equally_likely(textures, generator):
     counts = AnomalySynthesis(textures).sample((3000, 3, 8, 8), generator).kind.bincount(minlength=3)
     assert (counts - 1000).abs().max() < 3 * (3000 * 2 / 9) ** 0.5
@@ -255,14 +246,13 @@ def test_textural_source_is_the_drawn_texture_at_the_size_of_the_images():
 
 
 def test_moved_synthesis_is_the_same(images, textures):
-    synthesis = AnomalySynthesis(textures, kinds=["blur", "textural"], probability=0.5)
+    synthesis = AnomalySynthesis(textures, kinds=["blur", "textural"])
     moved = synthesis.to(torch.device("cpu"))
     assert torch.equal(moved(images, generator_for(1))[0], synthesis(images, generator_for(1))[0])
 
 
 OUT_OF_RANGE = {
     "textures": [None, torch.zeros(1, 3, 0, 8, dtype=torch.uint8), torch.zeros(1, 3, 8, 8)],
-    "probability": [-0.1, 1.1, math.nan, "x", None],
     "kinds": ["blur", [], ["scratch"], ["blur", 3], [["blur"]], {"blur"}, 3, None],
 }
 

@@ -10,8 +10,7 @@ from torch.utils.data import Dataset, Subset
 
 from ..deployment import UnseenScores, extremes
 from ..synthesis import generator_for
-from .pairs import Pairing
-from .reading import paths_of
+from .pairs import Pairing, paths_of
 from .torch_model import CseModel
 
 MOST_CLUSTERED = 8192  # images for k-means, drawn at random beyond that, so that memory is bounded

@@ -1,19 +1,35 @@
 """The share of the training images that the embedder is chosen by (Section 4.1)."""
 
+import copy
 from typing import TYPE_CHECKING, cast
 
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torchvision.transforms.v2 import Resize
 
 from ..synthesis import generator_for
-from .reading import without_augmentations
 
 if TYPE_CHECKING:
     from .lightning_model import Cse
 
 SPLIT = 0  # sets the random numbers of the split apart from others of the same seed
+
+
+def is_augmented(dataset: object) -> bool:
+    """Whether images differ from one reading to the next; anomalib itself puts the model's ``Resize`` in there."""
+    return not isinstance(getattr(dataset, "augmentations", None), Resize | None)
+
+
+def without_augmentations(dataset: AnomalibDataset) -> AnomalibDataset:
+    """Return the same images as they are, but for the model's ``Resize``, which makes batches of them."""
+    if not is_augmented(dataset):
+        return dataset
+    plain = copy.copy(dataset)
+    plain.augmentations = next(reversed(extract_transforms_by_type(dataset.augmentations, Resize)), None)
+    return plain
 
 
 class HoldOut(Callback):

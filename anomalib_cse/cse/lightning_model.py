@@ -1,7 +1,7 @@
 """CSE in anomalib: the training recipe, the choice of the embedder and the centres (Sections 3 and 4.1)."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -17,7 +17,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor
+from rich.progress import track
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
@@ -26,16 +29,15 @@ from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, c
 from ..features import pool
 from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
 from .centres import fit_centres, unseen_scores
-from .hold_out import HoldOut
-from .loss import CseLoss
+from .hold_out import HoldOut, is_augmented
+from .loss import CseLoss, decoder_loss
 from .pairs import Pairing, Pairs
-from .pretraining import pretrain
-from .reading import is_augmented
-from .recipe import check_end, check_recipe, one_cycle
 from .resuming import ResumingMixin
 from .torch_model import CseModel, Decoder, Embedder
 
 DEFAULT_EPOCHS = 100  # Section 4.1
+DECODERS = ("random", "joint", "pretrained", "none")  # Table 5
+DECODER_EPOCHS = 20  # of pretraining, for which the paper gives no number
 TEXTURES = 3  # sets its random numbers apart from others of the same seed
 
 
@@ -285,3 +287,48 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         """Let go of the training images."""
         super().on_fit_end()
         self.pairing, self.scores_changed = None, True
+
+
+def check_recipe(decoder: object, contrast_weight: object, learning_rate: object, holdout_ratio: object) -> None:
+    """Raise a ``ValueError`` if an argument of the training recipe is outside its range."""
+    if decoder not in DECODERS:
+        msg = f"decoder must be 'random', 'joint', 'pretrained' or 'none', got {decoder!r}"
+        raise ValueError(msg)
+    check_number("contrast_weight", contrast_weight, "(0, inf)")
+    check_number("learning_rate", learning_rate, "(0, inf)")
+    check_number("holdout_ratio", holdout_ratio, "[0, 1)")
+
+
+def one_cycle(parameters: Iterable[nn.Parameter], rate: float, steps: float) -> OptimizerLRScheduler:
+    """Return Adam with a one-cycle schedule over ``steps``, or raise a ``ValueError`` if they have no end."""
+    if steps == float("inf"):
+        msg = "the one-cycle schedule needs to know its end: set max_epochs or max_steps"
+        raise ValueError(msg)
+    optimizer = Adam(parameters, lr=rate)
+    schedule = OneCycleLR(optimizer, max_lr=rate, total_steps=int(steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def check_end(trainer: pl.Trainer) -> None:
+    """Raise a ``ValueError`` if ``max_steps`` are reached before the first epoch that is validated."""
+    every = trainer.check_val_every_n_epoch or 1
+    epochs = -(-trainer.max_steps * trainer.accumulate_grad_batches // int(trainer.num_training_batches))
+    if trainer.enable_validation and 0 < epochs < every:
+        msg = (
+            f"max_steps {trainer.max_steps} end in epoch {epochs}, and the first to be validated is {every}: set "
+            "check_val_every_n_epoch to less, or max_steps to more"
+        )
+        raise ValueError(msg)
+
+
+def pretrain(decoder: Decoder, embedder: Embedder, pairing: Pairing, learning_rate: float) -> None:
+    """Train a decoder, with an embedder that is thrown away, on its loss alone (Section 5.2), and freeze it."""
+    decoder.requires_grad_().train()
+    optimizer = Adam([*embedder.train().parameters(), *decoder.parameters()], lr=learning_rate)
+    for _ in track(range(DECODER_EPOCHS), description="Training the decoder"):
+        for features in pairing.clean_features(pairing.defect_free):
+            loss = decoder_loss(features, decoder(embedder(features), [f.shape[-2:] for f in features]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    decoder.requires_grad_(requires_grad=False).eval()

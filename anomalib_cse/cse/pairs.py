@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from anomalib.data import ImageBatch
 from rich.progress import track
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..features import FeatureCache
 from ..synthesis import AnomalySynthesis, generator_for
-from .hold_out import HoldOut
-from .reading import in_order, is_augmented, paths_of, without_augmentations
+from .hold_out import HoldOut, is_augmented, without_augmentations
 
 CORRUPT_PROBABILITY = 0.5  # of the second image of a pair (Section 3.2)
 MIN_HELD_OUT_PAIRS = 64  # few images are paired several times over: a few draws would be a coarse measure
@@ -55,6 +55,22 @@ def draw_partners(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
 def first(dataset: Dataset, count: int) -> Dataset:
     """Return the first images of a dataset."""
     return Subset(dataset, range(min(count, len(dataset))))  # type: ignore[arg-type]
+
+
+def paths_of(dataset: object) -> list[str]:
+    """Return the paths of a dataset's images in order; none of a dataset that does not name them."""
+    if isinstance(dataset, Subset):
+        paths = paths_of(dataset.dataset)
+        return [paths[index] for index in dataset.indices] if paths else []
+    samples = getattr(dataset, "samples", {})
+    return list(samples["image_path"]) if "image_path" in samples else []
+
+
+def in_order(dataset: Dataset, loader: DataLoader) -> Iterator[ImageBatch]:
+    """Read a dataset in order, as ``loader`` reads its own."""
+    own_numbers = torch.Generator()  # or this would draw from the global ones
+    workers, collate = loader.num_workers, loader.collate_fn
+    return iter(DataLoader(dataset, loader.batch_size, num_workers=workers, collate_fn=collate, generator=own_numbers))
 
 
 class Pairing:

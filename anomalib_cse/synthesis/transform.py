@@ -17,7 +17,6 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
-from ..checks import check_number
 from .perlin import perlin_masks
 
 # Section 3.1; the masks' own are in perlin.py
@@ -188,13 +187,12 @@ class AnomalySynthesis:
     Args:
         textures: What textural defects are taken from, ``(T, 3, h, w)`` uint8, on the device of the images.
         kinds: Some of :data:`KINDS`, all equally likely.
-        probability: Of an image being corrupted, in [0, 1].
 
     Raises:
         ValueError: If an argument is outside its range.
     """
 
-    def __init__(self, textures: Tensor, *, kinds: Sequence[str] = KINDS, probability: float = 1.0) -> None:
+    def __init__(self, textures: Tensor, *, kinds: Sequence[str] = KINDS) -> None:
         shape, dtype = tuple(getattr(textures, "shape", ())), getattr(textures, "dtype", type(textures))
         if dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or 0 in shape:
             msg = f"textures must be (T, 3, h, w) uint8, none of them 0, got {shape} {dtype}"
@@ -202,14 +200,12 @@ class AnomalySynthesis:
         if not (isinstance(kinds, Sequence) and kinds and all(kind in KINDS for kind in kinds)):
             msg = f"kinds must be some of {KINDS}, got {kinds!r}"
             raise ValueError(msg)
-        check_number("probability", probability, "[0, 1]")
         self.textures = textures
         self.kinds = tuple(kinds)
-        self.probability = probability
 
     def to(self, device: torch.device) -> "AnomalySynthesis":
         """Return the same synthesis for images on ``device``."""
-        return AnomalySynthesis(self.textures.to(device), kinds=self.kinds, probability=self.probability)
+        return AnomalySynthesis(self.textures.to(device), kinds=self.kinds)
 
     def __call__(self, images: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw defects and paint them: return the corrupted images and the masks of the defects."""
@@ -235,9 +231,9 @@ class AnomalySynthesis:
         listed = torch.tensor([len(STRUCTURAL_OPERATIONS), len(TEXTURAL_OPERATIONS), 1], device=device)[kind]
         ranks = uniform(0, 1, len(TEXTURAL_OPERATIONS))
         unlisted = torch.arange(ranks.shape[1], device=device) >= listed[:, None]
-        hit = uniform(0, 1) < self.probability
+        uniform(0, 1)  # unused: without it a seed would give other defects than those of the published figures
         return SynthesisParams(  # drawn in this order: in another one a seed would give other defects
-            mask=perlin_masks(b, (height, width), generator) & per_image(hit),
+            mask=perlin_masks(b, (height, width), generator),
             kind=kind,
             operations=ranks.masked_fill(unlisted, 2.0).argsort(1).argsort(1) < OPERATIONS_DRAWN,
             texture=integer(0, len(self.textures) - 1),

@@ -10,7 +10,6 @@ good images have; where recent ones have moved away from these, a line says so.
 
 import argparse
 import math
-import statistics
 import sys
 import time
 from collections import Counter, deque
@@ -67,22 +66,20 @@ def frames(source: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 class Drift:
-    """Tell when recent scores have moved away from those of good training images.
+    """Tell when recent scores have moved away from those of good training images, by more than chance.
 
-    Their median counts, as a few defects do not change it.
+    What counts is their mean logarithm, as in ``compare_good_images``.
 
     Args:
         model: The exported model, which holds mean and deviation of the logarithms of such scores.
     """
 
     RECENT = 100  # frames
-    MOVED = 0.5  # deviations: 1 % of rejected good images then becomes 3 %
 
     def __init__(self, model: openvino.Model) -> None:
-        names = ("number", "mean", "deviation", "range")
+        names = ("number", "mean", "deviation", "range", "errors")
         self.usual = {name: float(model.get_rt_info(["good_scores", name]).value) for name in names}
-        # a median of 100 and a mean of few training images differ by chance, too
-        self.most = max(self.MOVED, 3 * (1 / self.usual["number"] + 1.57 / self.RECENT) ** 0.5)
+        self.most = self.usual["errors"] * (1 / self.usual["number"] + 1 / self.RECENT) ** 0.5
         self.recent = deque[float](maxlen=self.RECENT)
         self.has_moved = False
 
@@ -91,7 +88,7 @@ class Drift:
         self.recent.append(math.log(max(score * self.usual["range"], 1e-38)))
         if len(self.recent) < self.RECENT:
             return ""
-        shift = (statistics.median(self.recent) - self.usual["mean"]) / self.usual["deviation"]
+        shift = (sum(self.recent) / self.RECENT - self.usual["mean"]) / self.usual["deviation"]
         if shift <= self.most / 2 and self.has_moved:
             self.has_moved = False
             return f"the last {self.RECENT} scores are usual again"
@@ -136,7 +133,7 @@ def main() -> None:
         raise SystemExit(f"{options.model} is no model that OpenVINO reads, with its .bin beside it: {error}") from None
     if not any("pred_label" in output.names for output in compiled.outputs):
         raise SystemExit(f"{options.model} has no threshold: train it with validation images")
-    drift = Drift(model) if model.has_rt_info(["good_scores", "mean"]) else None
+    drift = Drift(model) if model.has_rt_info(["good_scores", "errors"]) else None
     queue = openvino.AsyncInferQueue(compiled, jobs=2)  # one frame is read and written while another is scored
     counted = Counter[str]()
 

@@ -7,14 +7,11 @@ import torch
 from anomalib.data import ImageBatch, PredictDataset
 from anomalib.models.components import AnomalibModule
 from rich.progress import track
-from scipy.stats import t as student
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .good_scores import GoodScores, logarithms
 from .post_processing import MidwayPostProcessor, spread
-
-CHANCE = 0.01  # of saying that scores have moved if they have not
 
 
 class Comparison(NamedTuple):
@@ -38,9 +35,8 @@ class Comparison(NamedTuple):
     def of(cls, good: GoodScores, scores: Tensor, threshold: float) -> "Comparison":
         """Compare scores ``(N,)`` of new good images with what those of training images let expect."""
         shift = (float(logarithms(scores).mean()) - good.mean) / good.deviation
-        error = (1 / good.number + 1 / len(scores)) ** 0.5
         # scores may well lie lower: the threshold is also of images that variations have changed
-        has_moved = shift > float(student.isf(CHANCE, good.number - 1)) * error
+        has_moved = shift > good.largest_rise(len(scores))
         return cls(len(scores), good.rate(threshold), float((scores > threshold).double().mean()), shift, has_moved)
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 FEWEST = 5  # images: of fewer, the deviation is anyone's guess
 CONFIDENCE = 0.9  # of the interval of rates
 ALIKE = 1e-3  # least deviation of log scores: runtimes differ by a tenth of that
+CHANCE = 0.01  # of saying that scores have risen if they have not
 SUSPICION = 0.05  # chance that one of all training images is suspected, if all are good
 
 
@@ -96,6 +97,15 @@ class GoodScores(NamedTuple):
         """Return the probability that another good image's score is above a threshold."""
         distance = (float(torch.tensor(threshold).log()) - self.mean) / self.deviation
         return float(student.sf(distance / (1 + 1 / self.number) ** 0.5, self.number - 1))
+
+    def largest_rise(self, count: int) -> float:
+        """Return by how many deviations the mean logarithm of so many new scores may lie higher, but for ``CHANCE``."""
+        return self.errors * (1 / self.number + 1 / count) ** 0.5
+
+    @property
+    def errors(self) -> float:
+        """How many standard errors a second mean may lie higher, but for ``CHANCE``."""
+        return float(student.isf(CHANCE, self.number - 1))
 
     def interval(self, rate: float) -> tuple[float, float]:
         """Return between which rates that threshold will reject good images, with a probability of ``CONFIDENCE``.

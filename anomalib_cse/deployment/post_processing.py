@@ -190,13 +190,15 @@ class MidwayPostProcessor(PostProcessor):
             )
 
     def good_scores_as_scaled(self) -> dict[str, float]:
-        """Return how the logarithms of good images' raw scores spread, and what makes raw scores of scaled ones.
+        """Return how the logarithms of good images' raw scores spread, and by how much new ones may differ by chance.
 
-        A raw score is ``scaled * range``; nothing is returned if scores are scaled otherwise, or this is not known.
+        A raw score is ``scaled * range``; for ``errors`` see :class:`GoodScores`.
+        Nothing is returned if scores are scaled otherwise, or this is not known.
         """
         if not (self.knows_good_scores and self.enable_normalization and self.image_min == 0):
             return {}
-        return {**spread(self.good_images)._asdict(), "range": float(self.image_max)}
+        good = spread(self.good_images)
+        return {**good._asdict(), "range": float(self.image_max), "errors": good.errors}
 
     @property
     def cut(self) -> float:

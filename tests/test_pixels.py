@@ -7,19 +7,14 @@ import pytest
 import torch
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.engine import Engine
-from anomalib.models import Patchcore
 from anomalib.pre_processing import PreProcessor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import (
     ColorJitter,
     Compose,
-    Grayscale,
     InterpolationMode,
     Normalize,
-    RandomApply,
-    RandomInvert,
     Resize,
-    ToDtype,
 )
 
 from tiny import COMMON, MODELS, QUIET, data_of
@@ -31,36 +26,10 @@ both = pytest.mark.parametrize("name", MODELS)
 
 
 @both
-@pytest.mark.parametrize(
-    ("transform", "found"),
-    [
-        (Patchcore.configure_pre_processor((64, 64)).transform, r"pixels in \[-2.118, -1.804\]"),
-        (Compose([Resize((64, 64)), Normalize([0.5] * 3, [0.5] * 3)]), r"pixels in \[-1, -1\]"),
-        (Compose([Resize((64, 64)), RandomApply([Normalize([0.0] * 3, [1 / 255] * 3)], p=1.0)]), r"in \[255, 255\]"),
-        (Compose([Resize((64, 64)), Grayscale()]), r"the shape \(1, 1, 64, 64\): grey ones need three channels"),
-        (Compose([Resize((64, 64)), ToDtype(torch.uint8, scale=True)]), r"torch.uint8: divide 0..255 by 255"),
-        (Compose([Resize((64, 64)), ToDtype(torch.float64)]), "torch.float64"),
-    ],
-    ids=["patchcore", "half", "scaled", "grey", "bytes", "double"],
-)
-def test_pre_processor_that_leaves_no_images_is_refused(transform, found, name):
-    with pytest.raises(ValueError, match=rf"(?s)the pre_processor's transform .*{WANTED}.*{found}"):
-        MODELS[name](**UNSIZED, pre_processor=PreProcessor(transform))
-
-
-@both
 @pytest.mark.filterwarnings("ignore:.* can be exported to torch alone")
-@pytest.mark.parametrize(
-    "transform",
-    [
-        Resize((64, 64), interpolation=InterpolationMode.BICUBIC),
-        Compose([Resize((64, 64)), Grayscale(3)]),
-        Compose([Resize((64, 64)), RandomInvert(p=1.0)]),
-    ],
-    ids=["bicubic", "grey", "inverted"],
-)
-def test_pre_processor_that_leaves_images_trains_and_scores(transform, name, mvtec_root, dtd, tmp_path):
-    model = MODELS[name](**UNSIZED, dtd_dir=str(dtd), pre_processor=PreProcessor(transform), visualizer=False)
+def test_pre_processor_that_resizes_otherwise_trains_and_scores(name, mvtec_root, dtd, tmp_path):
+    bicubic = PreProcessor(Resize((64, 64), interpolation=InterpolationMode.BICUBIC))
+    model = MODELS[name](**UNSIZED, dtd_dir=str(dtd), pre_processor=bicubic, visualizer=False)
     engine = Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET)
     engine.fit(model, datamodule=data_of(mvtec_root))
     [metrics] = engine.test(model, datamodule=data_of(mvtec_root), verbose=False)

@@ -16,7 +16,7 @@ from ..features import FrozenBackbone
 from ..report import Report
 from .evaluator import TwoClassEvaluator
 from .post_processing import MidwayPostProcessor
-from .pre_processing import check_keeps_range, exact, fixed_size, resize_and_crop
+from .pre_processing import check_transform, exact, fixed_size, resize_and_crop
 from .trainer import LABELS, OwnCallbacks
 from .visualizer import WholeImageVisualizer
 
@@ -75,20 +75,19 @@ class ComponentsMixin(LightningModule):
         """Have the pre-processor compute the same outside the trainer as within.
 
         Raises:
-            ValueError: If images of different sizes leave it with different sizes, or too small, or not in [0, 1]; or
-                if an argument of both models is none.
+            ValueError: If its transform does more than resize and crop, or leaves images in several sizes or too small;
+                or if an argument of both models is none.
         """
         check_flag("report", plain(self.report))
-        self.image_size = fixed_size(self.pre_processor)
         transform = getattr(self.pre_processor, "transform", None)
+        check_transform(transform)
+        self.image_size = fixed_size(self.pre_processor)
         if self.image_size is None and not self.takes_any_size:
             msg = (
                 "the model needs all images in one size: give image_size, or a pre_processor that resizes to "
                 f"Resize((height, width)); got the transform {transform}"
             )
             raise ValueError(msg)
-        if transform is not None:
-            check_keeps_range(transform, "the pre_processor's transform")
         if self.image_size is not None:
             name = "center_crop_size" if self.hparams["center_crop_size"] else "image_size"
             check_size(name, self.image_size, self.backbone.stride, ", the stride of the coarsest layer")

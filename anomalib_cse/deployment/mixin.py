@@ -26,9 +26,7 @@ from .good_scores import UnseenScores
 from .post_processing import MidwayPostProcessor, check_settings
 from .pre_processing import (
     check_exportable,
-    check_resizes_first,
-    check_transform,
-    keep_transform,
+    check_saved_pre_processor,
     warn_unless_exportable,
 )
 from .trainer import (
@@ -94,8 +92,6 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         check_callbacks(trainer, {*self.logged, *(metric.name for metric in metrics)})
         check_images(trainer)
         check_validation(trainer)
-        if isinstance(getattr(trainer, "datamodule", None), AnomalibDataModule):
-            check_resizes_first(self.pre_processor)
         warn_unless_exportable(self.pre_processor)
         # or the epochs of an earlier model would count as this one's; a checkpoint to resume is read after this
         trainer.fit_loop.epoch_progress.reset()
@@ -188,7 +184,6 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         """
         self.check_frozen()
         super().on_save_checkpoint(checkpoint)
-        keep_transform(checkpoint, self.pre_processor)
         backbone = self.backbone
         own = {"backbone": backbone.architecture, "layers": backbone.levels, "pre_trained": False, "weights": None}
         if isinstance(self.post_processor, MidwayPostProcessor) and "reject_rate" in self.hparams:
@@ -200,13 +195,13 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
 
         Raises:
             ValueError: If it is of another model, of other arguments, or of another image size or post-processing than
-                was asked for, or lacks its pre-processing.
+                was asked for, or has a pre-processor that the model was to do without.
         """
         arguments = {name: self.hparams[name] for name in self.shaping}
         arguments |= {"backbone": self.backbone.architecture, "layers": self.backbone.levels}
         check_checkpoint(checkpoint, type(self), arguments)
         check_settings(self.post_processor, self.configure_post_processor(), checkpoint)
-        check_transform(checkpoint, self.pre_processor)
+        check_saved_pre_processor(checkpoint, self.pre_processor)
         asked_for = self.image_size
         super().on_load_checkpoint(checkpoint)
         self.make_exportable()

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from anomalib.data.transforms import ExportableCenterCrop
-from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from ..features import resize
 
 ROUNDING = 1e-3  # how far arithmetic may leave [0, 1]
 EXPORTABLE = "export needs Resize((height, width)), bilinear and antialiased"
-CONFIG, TRANSFORM = "anomalib_pre_processor_config", "pre_processor_transform"  # in checkpoints: anomalib's and our own
 
 
 class ExactResize(nn.Module):
@@ -102,6 +100,20 @@ def choose_pre_processor(
     return given
 
 
+def check_transform(transform: nn.Module | None) -> None:
+    """Raise a ``ValueError`` unless a transform is torchvision's ``Resize``, with or without ``CenterCrop`` after it.
+
+    Others checkpoints do not keep, exports do not compute alike, or anomalib's datamodules apply in another order.
+    """
+    steps = transform.transforms if isinstance(transform, Compose) else [transform]
+    if transform is not None and [type(step) for step in steps] not in ([Resize], [Resize, CenterCrop]):
+        msg = (
+            "the pre_processor's transform must be Resize of torchvision.transforms.v2, or Compose of that and "
+            f"CenterCrop (the model normalises by itself), got {', '.join(type(step).__name__ for step in steps)}"
+        )
+        raise ValueError(msg)
+
+
 def check_keeps_range(transform: nn.Module, role: str, slack: float = ROUNDING) -> None:
     """Raise a ``ValueError`` unless a transform, of a ``role``, makes images in [0, 1] of a black and a white one.
 
@@ -120,43 +132,6 @@ def check_keeps_range(transform: nn.Module, role: str, slack: float = ROUNDING) 
             raise ValueError(msg) from error
 
 
-def applied(transform: nn.Module, image: Tensor) -> Tensor:
-    """Return what a transform makes of an image, with the same of torch's random numbers each time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return transform(image)
-
-
-def sample_image() -> Tensor:
-    """Return an image ``(1, 3, 600, 800)`` by which transforms can be compared."""
-    return torch.rand(1, 3, 600, 800, generator=torch.Generator().manual_seed(0))
-
-
-def check_resizes_first(pre_processor: nn.Module | None) -> None:
-    """Raise a ``ValueError`` if something comes before the first ``Resize`` of a pre-processor, such as a crop.
-
-    anomalib's datamodules resize by it before they do anything else; exported models and folders to predict do not.
-    """
-    transform = getattr(pre_processor, "transform", None)
-    resizes = extract_transforms_by_type(transform, Resize)
-    if transform is None or not resizes:
-        return
-    image = sample_image()
-    expected = applied(transform, image)
-    if not torch.equal(expected, applied(transform, image)):  # it draws by other random numbers than torch's
-        return
-    try:
-        same = torch.allclose(applied(transform, resizes[0](image)), expected, atol=ROUNDING)
-    except Exception:  # noqa: BLE001  a user's own may raise anything of so small an image
-        same = False
-    if not same:
-        msg = (
-            f"Resize must come first in the pre_processor's transform, got {transform}: anomalib resizes the images of "
-            "a datamodule before it crops or pads them, but not those of a folder to predict"
-        )
-        raise ValueError(msg)
-
-
 def warn_unless_exportable(pre_processor: nn.Module | None) -> None:
     """Warn before training of a pre-processor with which no export to ONNX or OpenVINO is possible."""
     transform = getattr(pre_processor, "transform", None)
@@ -164,40 +139,16 @@ def warn_unless_exportable(pre_processor: nn.Module | None) -> None:
         rank_zero_warn(f"a model with {transform} can be exported to torch alone: {EXPORTABLE}")
 
 
-def keep_transform(checkpoint: dict[str, Any], pre_processor: nn.Module | None) -> None:
-    """Note in a checkpoint what the transform computes: anomalib keeps the arguments of some kinds alone."""
-    transform = getattr(pre_processor, "transform", None)
-    if transform is not None:
-        checkpoint[TRANSFORM] = {"name": str(transform), "gives": fingerprint(transform)}
-
-
-def fingerprint(transform: nn.Module) -> list[float]:
-    """Return some pixels of what a transform makes of an image."""
-    pixels = applied(transform, sample_image()).flatten()
-    return pixels[:: max(1, len(pixels) // 100)].tolist()
-
-
-def check_transform(checkpoint: dict[str, Any], pre_processor: nn.Module | None) -> None:
-    """Leave the model the transform that it was given if anomalib has not kept that of a checkpoint.
-
-    Raises:
-        ValueError: If it computes something else.
-    """
-    kept, saved = checkpoint.get(CONFIG), checkpoint.get(TRANSFORM)
-    if kept and pre_processor is None:
+def check_saved_pre_processor(checkpoint: dict[str, Any], pre_processor: nn.Module | None) -> None:
+    """Raise a ``ValueError`` if a model was given no pre-processor, and a checkpoint has one, or one not taken now."""
+    saved = checkpoint.get("anomalib_pre_processor_config")
+    if saved and pre_processor is None:
         msg = "the checkpoint has a pre-processor, and the model was given none: leave pre_processor=False out"
         raise ValueError(msg)
-    if not kept or not saved or kept.get("transform", ...) is not None:
-        return
-    transform = getattr(pre_processor, "transform", None)
-    own, expected = (torch.tensor(pixels) for pixels in (fingerprint(transform) if transform else [], saved["gives"]))
-    if own.shape != expected.shape or not torch.allclose(own, expected, atol=ROUNDING):
-        msg = (
-            "anomalib does not keep this transform in checkpoints: give the pre_processor of the run, with "
-            f"{saved['name']}"
-        )
+    kept_by_0_2 = checkpoint.get("pre_processor_transform")
+    if saved and kept_by_0_2 and saved.get("transform", ...) is None:
+        msg = f"the checkpoint is of {kept_by_0_2['name']}, which is not taken any more: train again"
         raise ValueError(msg)
-    del checkpoint[CONFIG]
 
 
 def fixed_size(pre_processor: nn.Module | None) -> tuple[int, int] | None:

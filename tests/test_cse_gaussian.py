@@ -351,7 +351,7 @@ def test_half_precision_leaves_distances_alone(part):
     with torch.autocast("cpu", torch.float16):
         scores = part(images).pred_score
     assert scores.dtype == torch.float32
-    assert torch.allclose(scores, expected, rtol=0.1)
+    assert torch.allclose(scores, expected, rtol=5e-3)  # half precision has 1e-3, of features
 
 
 @pytest.mark.parametrize("budget", [0, 1_200_000])
@@ -480,9 +480,11 @@ def test_every_argument_matters(arguments, reference, mvtec_root, dtd, tmp_path)
     model = CseGaussian(**{**COMMON, **({"dtd_dir": dtd} if arguments == "dtd_dir" else arguments)})
     model.model.backbone.load_state_dict(reference.model.backbone.state_dict(), strict=False)
     Engine(default_root_dir=tmp_path, **QUIET).fit(model, datamodule=data_of(mvtec_root))
-    if model.image_size == reference.image_size:
-        with pytest.raises(AssertionError):
-            assert_same_model(model, reference)
+    if "center_crop_size" in arguments:  # maps of another size cannot be compared
+        assert model.model.image_size.tolist() == list(arguments["center_crop_size"])
+        return
+    with pytest.raises(AssertionError):
+        assert_same_model(model, reference)
 
 
 def test_seed_decides_the_defects(reference, mvtec_root, tmp_path):

@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,22 +185,6 @@ def test_thresholds_of_hand_made_scores(scores, labels, anomalibs, ours):
 
 def test_threshold_of_no_images_is_none():
     assert MidwayThreshold(**FIELDS).compute() is None
-
-
-def test_thresholds_stay_where_scores_have_not_changed():
-    processor = MidwayPostProcessor()
-    model = SimpleNamespace(post_processor=processor)
-
-    def threshold_after(scores):
-        processor.on_validation_batch_end(None, model, batch_of(scores, [0, 1]))
-        processor.on_validation_epoch_end(None, model)
-        return processor.image_threshold.item()
-
-    assert threshold_after([0.2, 0.4]) == pytest.approx(0.3)
-    model.scores_changed = False
-    assert threshold_after([0.2, 0.8]) == pytest.approx(0.3)
-    model.scores_changed = True
-    assert threshold_after([0.2, 0.8]) == pytest.approx(0.5)
 
 
 def test_arguments_of_the_post_processor_are_anomalibs():

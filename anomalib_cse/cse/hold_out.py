@@ -115,5 +115,4 @@ class HoldOut(Callback):
         """Give the images back when ``fit`` breaks off: Lightning then calls no ``teardown``."""
         del exception
         self.give_back(trainer)
-        model = cast("Cse", pl_module)
-        model.pairing, model.scores_changed = None, True
+        cast("Cse", pl_module).pairing = None

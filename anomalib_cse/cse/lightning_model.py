@@ -177,7 +177,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     def setup(self, stage: str) -> None:
         """Forget what an earlier ``fit`` has left."""
         super().setup(stage)
-        self.pairing, self.scores_changed = None, True
+        self.pairing = None
         if stage == TrainerFn.FITTING:
             self.best_loss.fill_(torch.inf)
             self.model.centres.fill_(torch.nan)
@@ -237,7 +237,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         """Deploy the embedder if it is the best yet, where there is no validation."""
         if self.pairing is not None and not self.trainer.enable_validation:
             self.deploy_if_best(self.pairing)
-            self.set_thresholds()
+        super().on_train_epoch_end()
 
     @torch.no_grad()
     def deploy_if_best(self, pairing: Pairing) -> None:
@@ -249,8 +249,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
             raise RuntimeError(msg)
         if loss.isfinite():
             self.log("val_loss", loss, prog_bar=True)
-        self.scores_changed = bool(loss < self.best_loss) or not loss.isfinite()
-        if self.scores_changed:
+        if loss < self.best_loss or not loss.isfinite():
             self.best_loss.copy_(loss)
             self.model.embedder.load_state_dict(weights)
             size = cast(tuple[int, int], self.image_size)
@@ -286,7 +285,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     def on_fit_end(self) -> None:
         """Let go of the training images."""
         super().on_fit_end()
-        self.pairing, self.scores_changed = None, True
+        self.pairing = None
 
 
 def check_recipe(decoder: object, contrast_weight: object, learning_rate: object, holdout_ratio: object) -> None:

@@ -207,7 +207,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     def on_train_epoch_end(self) -> None:
         """Fit where there is no validation, and stop, however many epochs the trainer has been given."""
         self.fit()
-        self.set_thresholds()
+        super().on_train_epoch_end()
         self.trainer.should_stop = True
 
     @torch.no_grad()

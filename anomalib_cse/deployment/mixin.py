@@ -51,7 +51,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
     shaping: tuple[str, ...]  # arguments that a checkpoint must agree in, beside backbone and layers
     seed: int | None
     logged: tuple[str, ...] = ()  # what a fit logs, which callbacks may wait for
-    scores_changed = True  # since the last validation, which MidwayPostProcessor asks for
+    is_refitted = False  # since thresholds were last set by good images, in this fit
     frozen: dict[str, Tensor] | None = None  # the backbone's weights, while fitting
 
     @property
@@ -78,7 +78,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             ValueError: If images to train or validate with are missing, the trainer's precision or steps do not do, or
                 a component does not fit the data.
         """
-        trainer, self.frozen = self.trainer, None
+        trainer, self.frozen, self.is_refitted = self.trainer, None, False
         check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())  # type: ignore[operator]
@@ -130,6 +130,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         """Give every process what the first one has fitted: the deployed model but for its backbone, which all have."""
         fitted = {n: v.cpu() for n, v in self.model.state_dict().items() if not n.startswith("backbone.")}
         self.model.load_state_dict(self.trainer.strategy.broadcast(fitted), strict=False)
+        self.is_refitted = True
 
     def unseen_scores(self) -> UnseenScores | None:
         """Score training images by fits that have not seen them; ``None`` if there are none or too few. While fitting.
@@ -143,12 +144,36 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         if isinstance(self.post_processor, MidwayPostProcessor) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.post_processor.check_enough(count)
 
-    def set_thresholds(self) -> None:
-        """Set the thresholds that a rate of rejects asks for, where no validation does."""
-        trainer, own = self.trainer, self.post_processor
-        is_due = self.scores_changed and not (trainer.enable_validation or trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if is_due and isinstance(own, MidwayPostProcessor) and own.reject_rate is not None:
-            own.learn(own.unseen_scores_of(self))
+    def on_validation_epoch_end(self) -> None:
+        """Set thresholds by good images, if a fit's validation leaves that to them."""
+        own = self.post_processor
+        if self.trainer.state.fn == TrainerFn.FITTING and isinstance(own, MidwayPostProcessor) and own.lacks_defects:
+            self.learn_thresholds(own)
+
+    def on_train_epoch_end(self) -> None:
+        """Set the thresholds that a rate of rejects asks for, where there is no validation."""
+        own = self.post_processor
+        asked_for = isinstance(own, MidwayPostProcessor) and own.reject_rate is not None
+        if asked_for and not self.trainer.enable_validation:
+            self.learn_thresholds(cast(MidwayPostProcessor, own))
+
+    def learn_thresholds(self, own: MidwayPostProcessor) -> None:
+        """Give the post-processor scores of good images that a fit has not seen, if the model is another since then.
+
+        Raises:
+            ValueError: If none can be had, and a rate of rejects was asked for.
+        """
+        if self.trainer.fast_dev_run or not self.is_refitted:  # type: ignore[attr-defined]
+            return
+        self.is_refitted = False
+        scores = None
+        try:
+            scores = self.unseen_scores()
+        except ValueError as error:
+            if own.reject_rate is not None:
+                msg = f"reject_rate has no images to go by, as a fit to some of them fails: {error}"
+                raise ValueError(msg) from error
+        own.learn(scores)
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
         """Score images ``(B, 3, H, W)``, known by ``paths``."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from anomalib.data import Batch, InferenceBatch
@@ -45,7 +45,6 @@ class MidwayPostProcessor(PostProcessor):
     good_pixels: Tensor
     unseen: UnseenScores | None = None  # of this fit
     suspicious: Sequence[tuple[str, float]] = ()  # training images that others do not explain, of the last fit
-    is_new = False  # whether images have been scored since thresholds were set
 
     def __init__(self, reject_rate: float | None = None, **options: Any) -> None:
         super().__init__(**options)
@@ -143,29 +142,17 @@ class MidwayPostProcessor(PostProcessor):
         """
         self._image_threshold_metric.has_defects = False  # unless it computes
         super().on_validation_epoch_end(trainer, pl_module)
-        is_new, self.is_new = self.is_new, False
-        if not (is_new and self.enable_thresholding):
+        if not self.lacks_defects or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if (self.reject_rate is None and self._image_threshold_metric.has_defects) or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        if trainer.state.fn == TrainerFn.FITTING and callable(getattr(pl_module, "unseen_scores", None)):
-            self.learn(self.unseen_scores_of(pl_module))
-        elif self.reject_rate is not None or self.knows_good_scores:
+        will_learn = trainer.state.fn == TrainerFn.FITTING  # at the end of this validation, if the model is another
+        if self.knows_good_scores or (self.reject_rate is not None and not will_learn):
             self.reject(self.reject_rate or USUAL_RATE)
 
-    def unseen_scores_of(self, model: LightningModule) -> UnseenScores | None:
-        """Ask a model for scores of images that a fit has not seen; ``None`` if there are none, or none can be had.
-
-        Raises:
-            ValueError: If none can be had, and a rate of rejects was asked for.
-        """
-        try:
-            return cast(UnseenScores | None, model.unseen_scores())  # type: ignore[operator]
-        except ValueError as error:
-            if self.reject_rate is None:
-                return None
-            msg = f"reject_rate has no images to go by, as a fit to some of them fails: {error}"
-            raise ValueError(msg) from error
+    @property
+    def lacks_defects(self) -> bool:
+        """Whether thresholds are to come from good images: by a rate of rejects, or as validation had no others."""
+        no_defects = self.reject_rate is not None or not self._image_threshold_metric.has_defects
+        return self.enable_thresholding and no_defects
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the scores of another fit; those of a run that is resumed are loaded after this."""
@@ -173,7 +160,7 @@ class MidwayPostProcessor(PostProcessor):
         if stage == TrainerFn.FITTING:
             self.good_images.zero_()
             self.good_pixels.zero_()
-            self.unseen, self.suspicious, self.is_new = None, (), False
+            self.unseen, self.suspicious = None, ()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the thresholds are, if they are of good images, and which of those stand out."""
@@ -256,12 +243,6 @@ class MidwayPostProcessor(PostProcessor):
             yield
         finally:
             self.enable_thresholding = asked_for
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Note scores for the thresholds, unless the model says that they are those of the last validation."""
-        if getattr(pl_module, "scores_changed", True):
-            self.is_new = True
-            super().on_validation_batch_end(trainer, pl_module, *args, **kwargs)
 
 
 def know_nothing(own: nn.Module, state_dict: dict[str, Any], prefix: str, *args: object) -> None:

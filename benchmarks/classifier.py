@@ -66,6 +66,6 @@ class BinaryClassifier(Cse):
 
     def pair_loss(self, pairs: Pairs) -> Tensor:
         """Return the binary cross-entropy of both images of every pair, the first ones being clean."""
-        logits = pool(self.embedder(pairs.together()), self.model.pool_size).mean(dim=(1, 2, 3))
+        logits = pool(self.embedder(pairs.features()), self.model.pool_size).mean(dim=(1, 2, 3))
         targets = torch.cat([torch.zeros_like(pairs.corrupted), pairs.corrupted]).float()
         return F.binary_cross_entropy_with_logits(logits, targets)

@@ -234,7 +234,7 @@ def test_held_out_images_are_scored_by_what_the_others_make_of_the_embedder(reje
     assert (len(training), len(held_out)) == (14, 6)
     assert not set(training) & set(held_out)
     embedder, layers = model.embedder, [m for m in model.embedder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    batches = [pairs.together() for pairs in pairing.pairs_like_held_out()]
+    batches = [pairs.features() for pairs in pairing.pairs_like_held_out()]
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the mean over batches

@@ -9,12 +9,11 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset, Subset
 
 from ..deployment import UnseenScores, extremes
-from ..synthesis import generator_for
+from ..synthesis import Stream, generator_for
 from .pairs import Pairing, paths_of
 from .torch_model import CseModel
 
 MOST_CLUSTERED = 8192  # images for k-means, drawn at random beyond that, so that memory is bounded
-CLUSTERED = 5  # sets its random numbers apart from others of the same seed
 
 
 def image_centres(embeddings: Tensor, count: int, seed: int) -> Tensor:
@@ -36,7 +35,7 @@ def fit_centres(model: CseModel, pairing: Pairing, images: Dataset, size: tuple[
     """Give a model the centres of images, as its embedder has them; K is no more than there are."""
     count = len(images)  # type: ignore[arg-type]
     if count > MOST_CLUSTERED:
-        drawn = torch.randperm(count, generator=generator_for(seed, CLUSTERED))[:MOST_CLUSTERED]
+        drawn = torch.randperm(count, generator=generator_for(seed, Stream.CLUSTERED))[:MOST_CLUSTERED]
         images = Subset(images, sorted(drawn.tolist()))
     embeddings = torch.cat([model.embed(features) for features in pairing.clean_features(images)])
     model.set_centres(image_centres(embeddings, min(model.num_centres, count), seed), size)
@@ -44,14 +43,15 @@ def fit_centres(model: CseModel, pairing: Pairing, images: Dataset, size: tuple[
 
 @torch.no_grad()
 def unseen_scores(model: CseModel, pairing: Pairing, size: tuple[int, int], seed: int) -> UnseenScores | None:
-    """Score the held-out images by a model's embedder and what those that train make of it; ``None`` without any.
+    """Score the held-out images by a model that has its centres from the others; ``None`` if none are held out.
 
-    The deployed model has BatchNorm averages of the held-out images and centres of all; here both are of the others.
+    The weights stay those of the embedder. BatchNorm averages and centres are computed anew, as the deployed model has
+    averages of held-out images and centres of all images.
     """
     if pairing.held_out is None:
         return None
-    trial = copy.deepcopy(model, {id(model.backbone): model.backbone})  # the cache has most features
-    update_bn(((pairs.together(),) for pairs in pairing.pairs_like_held_out()), trial.embedder)
-    fit_centres(trial, pairing, pairing.training, size, seed)
+    refitted = copy.deepcopy(model, {id(model.backbone): model.backbone})  # the cache has most features
+    update_bn(((pairs.features(),) for pairs in pairing.pairs_like_held_out()), refitted.embedder)
+    fit_centres(refitted, pairing, pairing.training, size, seed)
     features = pairing.clean_features(pairing.held_out)
-    return UnseenScores.of((extremes(trial.score(f, size)) for f in features), paths_of(pairing.held_out))
+    return UnseenScores.of((extremes(refitted.score(f, size)) for f in features), paths_of(pairing.held_out))

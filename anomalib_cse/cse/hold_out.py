@@ -10,12 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torchvision.transforms.v2 import Resize
 
-from ..synthesis import generator_for
+from ..synthesis import Stream, generator_for
 
 if TYPE_CHECKING:
     from .lightning_model import Cse
-
-SPLIT = 0  # sets the random numbers of the split apart from others of the same seed
 
 
 def is_augmented(dataset: object) -> bool:
@@ -74,7 +72,7 @@ class HoldOut(Callback):
         if len(images) == held_out:
             msg = f"too few training images, {held_out}, to hold out {held_out}: give more, or set holdout_ratio to 0"
             raise ValueError(msg)
-        order = torch.randperm(len(images), generator=generator_for(seed, SPLIT)).tolist()
+        order = torch.randperm(len(images), generator=generator_for(seed, Stream.SPLIT)).tolist()
         data.train_data = self.training = images.subsample(sorted(order[held_out:]))
         self.held_out = without_augmentations(images.subsample(sorted(order[:held_out])))
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from ..checks import check_fit, check_number, plain
 from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
 from ..features import pool
-from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
+from ..synthesis import KINDS, AnomalySynthesis, Stream, download_textures, generator_for, textures_from
 from .centres import fit_centres, unseen_scores
 from .hold_out import HoldOut, is_augmented
 from .loss import CseLoss, decoder_loss
@@ -38,7 +38,6 @@ from .torch_model import CseModel, Decoder, Embedder
 DEFAULT_EPOCHS = 100  # Section 4.1
 DECODERS = ("random", "joint", "pretrained", "none")  # Table 5
 DECODER_EPOCHS = 20  # of pretraining, for which the paper gives no number
-TEXTURES = 3  # sets its random numbers apart from others of the same seed
 
 
 class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
@@ -80,7 +79,6 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     best_loss: Tensor
     shaping = ("embedding_dim", "pool_size", "num_centres", "decoder")
     pairing: Pairing | None = None  # while fitting
-    caches_validation = False
 
     def __init__(
         self,
@@ -114,7 +112,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         check_recipe(decoder, contrast_weight, learning_rate, holdout_ratio)
         check_fit(memory_budget, seed, KINDS, defects, dtd_dir, download_dtd)
         super().__init__(
-            pre_processor=choose_pre_processor(pre_processor, image_size, center_crop_size, papers_crop=(224, 224)),
+            pre_processor=choose_pre_processor(pre_processor, image_size, center_crop_size, default_crop=(224, 224)),
             post_processor=choose_post_processor(post_processor, reject_rate),
             evaluator=evaluator,
             visualizer=visualizer,
@@ -191,7 +189,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         super().on_train_start()
         check_end(self.trainer)
         arguments, loader, seed = self.hparams, cast(DataLoader, self.trainer.train_dataloader), int(self.fit_seed)
-        textures = textures_from(arguments["dtd_dir"], generator_for(seed, TEXTURES))
+        textures = textures_from(arguments["dtd_dir"], generator_for(seed, Stream.TEXTURES))
         synthesis = AnomalySynthesis(textures, kinds=arguments["defects"]).to(self.device)
         transform, budget = getattr(self.pre_processor, "transform", None), arguments["memory_budget"]
         pairing = Pairing(self.frozen_features, synthesis, budget, seed, self.hold_out, loader, transform)
@@ -201,7 +199,8 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         self.check_unseen(pairing.count_held_out)
         if arguments["decoder"] == "pretrained" and not self.resumes:
             pretrain(self.decoder, copy.deepcopy(self.embedder), pairing, arguments["learning_rate"])
-        self.caches_validation = pairing.caches and not is_augmented(getattr(self.trainer.datamodule, "val_data", None))  # type: ignore[attr-defined]
+        data = getattr(self.trainer, "datamodule", None)
+        pairing.caches_validation = pairing.caches and not is_augmented(getattr(data, "val_data", None))
         self.pairing = pairing
 
     @torch.no_grad()
@@ -222,7 +221,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
 
     def pair_loss(self, pairs: Pairs) -> Tensor:
         """Return the total loss of pairs (Eq. 6)."""
-        embeddings = self.embedder(pairs.together())  # (2B, D, H, W)
+        embeddings = self.embedder(pairs.features())  # (2B, D, H, W)
         first, second = pool(embeddings, self.model.pool_size).chunk(2)
         sizes = [f.shape[-2:] for f in pairs.first]
         decoded = () if self.hparams["decoder"] == "none" else self.decoder(embeddings[: len(first)], sizes)
@@ -261,7 +260,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         if pairing.held_out is None:
             return torch.tensor(torch.inf)
         # averages over the last few small batches differ so much from one another that scores differ with them
-        update_bn(((pairs.together(),) for pairs in pairing.held_out_pairs()), self.embedder)
+        update_bn(((pairs.features(),) for pairs in pairing.held_out_pairs()), self.embedder)
         self.eval()
         total, count = torch.zeros((), device=self.device), 0
         for pairs in pairing.held_out_pairs():
@@ -278,7 +277,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
         """Score images ``(B, 3, H, W)``; while fitting from features that are kept."""
-        if self.pairing is None or not self.caches_validation or paths is None:
+        if self.pairing is None or not self.pairing.caches_validation or paths is None:
             return super().score(images)
         return self.model.score(self.pairing.cache(images, paths, self.model.backbone), images.shape[-2:])
 

@@ -14,12 +14,11 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..features import FeatureCache
-from ..synthesis import AnomalySynthesis, generator_for
+from ..synthesis import AnomalySynthesis, Stream, generator_for
 from .hold_out import HoldOut, is_augmented, without_augmentations
 
 CORRUPT_PROBABILITY = 0.5  # of the second image of a pair (Section 3.2)
 MIN_HELD_OUT_PAIRS = 64  # few images are paired several times over: a few draws would be a coarse measure
-TRAIN, HELD_OUT, LIKE_HELD_OUT = 1, 2, 6  # set their random numbers apart from others of the same seed
 
 
 class Pairs(NamedTuple):
@@ -32,7 +31,7 @@ class Pairs(NamedTuple):
     second: list[Tensor]
     corrupted: Tensor
 
-    def together(self) -> list[Tensor]:
+    def features(self) -> list[Tensor]:
         """Return all features as one batch of 2B, so that BatchNorm sees clean and corrupted ones alike."""
         return [torch.cat(layer) for layer in zip(self.first, self.second, strict=True)]
 
@@ -109,6 +108,7 @@ class Pairing:
         self.caches_training = not is_augmented(images)
         self.loader = loader
         self.transform = transform
+        self.caches_validation = False  # whether features of images to validate with may be kept
         self.kept: dict[int, list[Pairs]] = {}  # that are the same at every call
 
     def limit(self, count: int) -> None:
@@ -130,7 +130,7 @@ class Pairing:
     def training_pairs(self, images: Tensor, paths: Sequence[str] | None, *numbers: int) -> Pairs:
         """Pair the images ``(B, 3, H, W)`` of a training step, which the numbers tell from all others."""
         clean = self.features_of(images, paths if self.caches_training else None)
-        return self.pair(images, clean, generator_for(self.seed, TRAIN, *numbers))
+        return self.pair(images, clean, generator_for(self.seed, Stream.TRAINING_PAIRS, *numbers))
 
     @torch.no_grad()
     def pair(self, images: Tensor, clean: list[Tensor], generator: Generator) -> Pairs:
@@ -148,11 +148,11 @@ class Pairing:
 
     def held_out_pairs(self) -> Iterator[Pairs]:
         """Give the pairs of held-out images, the same at every call."""
-        return iter(()) if self.held_out is None else self.fixed_pairs(self.held_out, HELD_OUT)
+        return iter(()) if self.held_out is None else self.fixed_pairs(self.held_out, Stream.HELD_OUT_PAIRS)
 
     def pairs_like_held_out(self) -> Iterator[Pairs]:
         """Give pairs of training images, as many as of held-out ones, the same at every call."""
-        return self.fixed_pairs(first(self.training, self.count_held_out), LIKE_HELD_OUT)
+        return self.fixed_pairs(first(self.training, self.count_held_out), Stream.PAIRS_LIKE_HELD_OUT)
 
     def fixed_pairs(self, dataset: Dataset, number: int) -> Iterator[Pairs]:
         """Give the pairs of a dataset as a number draws them; they are kept if there is room for all."""
@@ -163,13 +163,13 @@ class Pairing:
         needed = 0
         for pairs in self.new_pairs(dataset, number):
             needed += pairs.nbytes
-            if needed <= self.cache.room:
+            if needed <= self.cache.bytes_left:
                 kept.append(pairs)
             else:
                 kept.clear()
             yield pairs
         if kept:
-            self.cache.room -= needed
+            self.cache.bytes_left -= needed
             self.kept[number] = kept
 
     def new_pairs(self, dataset: Dataset, number: int) -> Iterator[Pairs]:

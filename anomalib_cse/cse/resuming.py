@@ -8,9 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ..synthesis import generator_for
-
-ORDER = 4  # sets the random numbers of the images' order apart from others of the same seed
+from ..synthesis import Stream, generator_for
 
 
 class ResumingMixin(LightningModule):
@@ -28,7 +26,7 @@ class ResumingMixin(LightningModule):
 
     def seed_order(self, epoch: int) -> None:
         """Seed torch's global random numbers for an epoch."""
-        torch.manual_seed(generator_for(int(self.fit_seed), ORDER, epoch).initial_seed())
+        torch.manual_seed(generator_for(int(self.fit_seed), Stream.ORDER, epoch).initial_seed())
 
     def setup(self, stage: str) -> None:
         """Begin with the first epoch, unless a checkpoint says otherwise."""

@@ -6,12 +6,10 @@ from typing import NamedTuple
 from rich.progress import track
 from torch import Tensor
 
-from ..synthesis import AnomalySynthesis, generator_for
+from ..synthesis import AnomalySynthesis, Stream, generator_for
 from .moments import Moments
 from .sample import BATCH, FOLDS, Kept, batches, draw, in_one_pass
 from .torch_model import CseGaussianModel, cover
-
-DRAWN, DEFECTS = 10, 11  # set apart the random numbers that one seed gives
 
 
 class Corrupted(NamedTuple):
@@ -27,11 +25,11 @@ def corrupted_features(
     model: CseGaussianModel, kept: Sequence[Kept], synthesis: AnomalySynthesis, count: int, seed: int
 ) -> Iterator[Corrupted]:
     """Give the features of so many sampled images with synthetic defects, and the defects' masks."""
-    drawn = [kept[place] for place in draw(count, len(kept), seed, DRAWN)]
+    drawn = [kept[place] for place in draw(count, len(kept), seed, Stream.DEFECTIVE_IMAGES)]
     done = 0
     passes = -(-count // min(BATCH, in_one_pass(drawn[0].image.shape[1:])))
     for seen in track(batches(drawn), description="Painting synthetic defects", total=passes):
-        params = synthesis.sample(seen.images.shape, generator_for(seed, DEFECTS, done))
+        params = synthesis.sample(seen.images.shape, generator_for(seed, Stream.DEFECTS, done))
         masks = params.mask.to(seen.images.device)
         features = model.smoothed_features(synthesis.apply(seen.images, params), seen.inside)
         yield Corrupted(features, masks if seen.inside is None else masks * seen.inside, seen.inside, seen.folds)

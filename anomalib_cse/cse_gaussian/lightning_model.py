@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import check_fit, check_kinds, check_large_enough, plain
 from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
-from ..synthesis import KINDS, AnomalySynthesis, download_textures, generator_for, textures_from
+from ..synthesis import KINDS, AnomalySynthesis, Stream, download_textures, generator_for, textures_from
 from .fit import Fit, fit, own_share
 from .folds import unseen_scores
 from .region import check_same_region, region_of
@@ -27,8 +27,15 @@ from .sample import FOLDS, TrainingSample, in_one_pass, in_passes
 from .torch_model import CseGaussianModel, positions_inside
 from .variations import VARIATIONS
 
-SAMPLED, TEXTURES = 13, 14  # set apart the random numbers that one seed gives; fit.py has others
 TEXTURES_READ = 64  # of at most 128 defects, with all kinds a third need one
+
+
+class Run(NamedTuple):
+    """What a fit has until thresholds are set: the images, what paints defects (in the first process), the result."""
+
+    sample: TrainingSample
+    synthesis: AnomalySynthesis | None
+    fitted: Fit | None = None
 
 
 class CseGaussian(DeploymentMixin, AnomalibModule):
@@ -114,9 +121,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             self.model.roi.resize_(region.shape).copy_(region)
         # DistributedDataParallel refuses a module in which nothing takes a gradient, Lightning steps without a loss
         self.unused = nn.Parameter(torch.zeros(()))
-        self.sample: TrainingSample | None = None  # while fitting
-        self.synthesis: AnomalySynthesis | None = None  # likewise
-        self.fitted: tuple[TrainingSample, Fit] | None = None  # in the first process, from fit to the end of fitting
+        self.run: Run | None = None
 
     @property
     def trainer_arguments(self) -> dict[str, int]:
@@ -136,7 +141,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     def setup(self, stage: str) -> None:
         """Check the trainer; raise a ``ValueError`` if it cannot fit the model in one epoch."""
         super().setup(stage)
-        self.sample = self.synthesis = self.fitted = None  # of a fit that broke off
+        self.run = None  # of a fit that broke off
         if stage != TrainerFn.FITTING:
             return
         check_single_pass(self.trainer)
@@ -162,20 +167,23 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         if isinstance(images, Sized):
             self.check_unseen(len(images) // self.trainer.world_size)  # the first process scores its own
         seed = self.trainer.strategy.broadcast(self.effective_seed)
-        self.sample = TrainingSample(
+        sample = TrainingSample(
             self.hparams["memory_budget"],
-            generator_for(seed, SAMPLED, self.global_rank),
+            generator_for(seed, Stream.SAMPLE, self.global_rank),
             has_positions=self.image_size is not None,
         )
+        synthesis = None
         if self.trainer.is_global_zero:
-            textures = textures_from(self.hparams["dtd_dir"], generator_for(seed, TEXTURES), TEXTURES_READ)
-            self.synthesis = AnomalySynthesis(textures, kinds=self.hparams["defects"])
+            generator = generator_for(seed, Stream.GAUSSIAN_TEXTURES)
+            textures = textures_from(self.hparams["dtd_dir"], generator, TEXTURES_READ)
+            synthesis = AnomalySynthesis(textures, kinds=self.hparams["defects"])
+        self.run = Run(sample, synthesis)
         self.model.eval()
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
         """Add a batch of images; return no loss but that which several processes must have."""
         del batch_idx
-        assert self.sample is not None  # since on_train_start
+        assert self.run is not None  # since on_train_start
         images = cast(Tensor, batch.image)
         check_large_enough(images, self.backbone.stride)
         inside = self.model.inside(images.shape[-2:])
@@ -187,7 +195,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             if inside is not None:
                 positions_inside(inside, self.model.stride)
                 images = self.model.blanked(images, inside)  # synthetic defects may be made of their own pixels
-            self.sample.add(images, features, batch.image_path, inside)
+            self.run.sample.add(images, features, batch.image_path, inside)
         return self.unused if self.trainer.world_size > 1 else None
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
@@ -213,9 +221,9 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     @torch.no_grad()
     def fit(self) -> None:
         """Fit the model, in the first process for all of them; do nothing if that is done."""
-        if self.sample is None:
+        if self.run is None or self.run.fitted is not None:
             return
-        sample, synthesis, self.sample, self.synthesis = self.sample, self.synthesis, None, None
+        sample, synthesis, self.run = self.run.sample, self.run.synthesis, None
         strategy = self.trainer.strategy
         seed = strategy.broadcast(self.effective_seed)
         if self.trainer.world_size > 1:
@@ -228,21 +236,21 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
                     f"{share:.0%} in layer {level}" for level, share in zip(self.backbone.levels, shares, strict=True)
                 )
                 rank_zero_info(f"What a position's own images say of its covariance counts {listed}.")
-            self.fitted = sample, fitted
+            self.run = Run(sample, None, fitted)
         self.share_fitted()
 
     def unseen_scores(self) -> UnseenScores | None:
         """Score the sampled training images by cross-validation; ``None`` if there are too few."""
         scores = None
-        if self.fitted and self.fitted[0].count >= FOLDS:
-            (sample, fitted), self.fitted = self.fitted, None
-            scores = unseen_scores(self.model, sample, fitted, self.hparams["variations"], self.effective_seed)
+        run, self.run = self.run, None
+        if run is not None and run.fitted is not None and run.sample.count >= FOLDS:
+            scores = unseen_scores(self.model, run.sample, run.fitted, self.hparams["variations"], self.effective_seed)
         return self.trainer.strategy.broadcast(scores)
 
     def on_fit_end(self) -> None:
         """Let go of the training images."""
         super().on_fit_end()
-        self.fitted = None
+        self.run = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the mask's file out: the region of interest is among the buffers."""

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from ..synthesis import generator_for
+from ..synthesis import Stream, generator_for
 from .moments import Moments
 from .sample import FOLDS, Kept, Seen, batches, draw
 from .torch_model import CseGaussianModel
@@ -16,7 +16,6 @@ LIGHT = 0.2  # brightness, contrast and slope: factors of 1 less or more this
 NOISE = 0.02  # standard deviation, of pixels in [0, 1]: 5 of 255 grey values
 BLUR = 1.2  # standard deviation, in pixels
 CAST = 0.1  # factors of the colour channels: 1 less or more this
-DRAWN, CHANGED = 15, 16  # set apart the random numbers that one seed gives
 
 
 def factors(amplitude: float, shape: tuple[int, ...], generator: Generator) -> Tensor:
@@ -72,7 +71,7 @@ def varied_features(
     """Give batches of sampled images, and their features once they are changed; the numbers decide how."""
     done = 0
     for seen in batches(images):
-        changed = varied(seen.images, kind, generator_for(*numbers, CHANGED, done))
+        changed = varied(seen.images, kind, generator_for(*numbers, Stream.VARIATIONS, done))
         yield seen, model.smoothed_features(changed, seen.inside)
         done += len(seen.images)
 
@@ -87,7 +86,7 @@ def change_moments(
     folds = [[Moments(f.shape[0], device=f.device) for f in kept[0].features] for _ in range(FOLDS)]
     for number, kind in enumerate(kinds):
         share = -(-VARIED // len(kinds))
-        images = [kept[place] for place in draw(share, len(kept), seed, DRAWN, number)]
+        images = [kept[place] for place in draw(share, len(kept), seed, Stream.VARIED_IMAGES, number)]
         for seen, features in varied_features(model, images, kind, seed, number):
             for layer, (before, after) in enumerate(zip(seen.features, features, strict=True)):
                 changes, weights = (after - before).movedim(1, -1), seen.weights(layer)

@@ -54,7 +54,7 @@ class MidwayPostProcessor(PostProcessor):
             raise ValueError(msg)
         self.register_buffer("good_images", torch.zeros(3))
         self.register_buffer("good_pixels", torch.zeros(3))
-        self.register_load_state_dict_pre_hook(know_nothing)
+        self.register_load_state_dict_pre_hook(load_without_good_scores)
         self.reject_rate = reject_rate
         # anomalib has no public way to choose the threshold
         self._image_threshold_metric = MidwayThreshold(fields=["pred_score", "gt_label"], strict=False)
@@ -245,7 +245,7 @@ class MidwayPostProcessor(PostProcessor):
             self.enable_thresholding = asked_for
 
 
-def know_nothing(own: nn.Module, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
+def load_without_good_scores(own: nn.Module, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
     """Load a checkpoint from before good scores were kept."""
     del args
     for name in ("good_images", "good_pixels"):

@@ -83,16 +83,16 @@ def choose_pre_processor(
     given: nn.Module | bool,
     image_size: Sequence[int] | None,
     center_crop_size: Sequence[int] | None,
-    papers_crop: tuple[int, int] | None = None,
+    default_crop: tuple[int, int] | None = None,
 ) -> nn.Module | bool:
-    """Return the pre-processor that a user gave, or for ``True`` one of the sizes given, by default ``papers_crop``.
+    """Return the user's pre-processor, or for ``True`` a new one; ``default_crop`` counts if no size is given.
 
     Raises:
         ValueError: If sizes are given beside a pre-processor, or are none.
     """
     if given is True:
         if image_size is None and center_crop_size is None:
-            center_crop_size = papers_crop
+            center_crop_size = default_crop
         return resize_and_crop(image_size, center_crop_size)
     if image_size is not None or center_crop_size is not None:
         msg = "image_size and center_crop_size describe the model's own pre-processor: give them or a pre_processor"

@@ -17,7 +17,7 @@ class FeatureCache:
     """
 
     def __init__(self, budget: int) -> None:
-        self.room = budget
+        self.bytes_left = budget
         self.features: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
@@ -47,6 +47,6 @@ class FeatureCache:
             msg = f"features of {path} are NaN or infinite: so are its pixels, or 16 bits are too few for this backbone"
             raise ValueError(msg)
         size = sum(f.nbytes for f in features)
-        if size <= self.room:
-            self.room -= size
+        if size <= self.bytes_left:
+            self.bytes_left -= size
             self.features[path] = features

@@ -18,9 +18,9 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from .page import Record, Scale, name, plural, write_page
-from .pictures import Kept, Pictures, nearest
+from .pictures import Picture, Pictures, nearest_pictures
 
-Share = tuple[list[Record], list[Kept]]  # of one process
+Share = tuple[list[Record], list[Picture]]  # of one process
 
 
 class Report(Callback):
@@ -163,8 +163,8 @@ def gathered(share: Share) -> list[Share]:
 
 
 def joined(shares: list[Share]) -> Share:
-    """Return all processes' images as if there had been one; those that fill up a share are taken once."""
-    records, kept, paths = list[Record](), list[list[Kept]](), set[str]()
+    """Merge the images of all processes. A sampler may give an image to two of them: it is taken once."""
+    records, kept, paths = list[Record](), list[list[Picture]](), set[str]()
     for own, pictures in shares:
         fresh = {}
         for number, record in enumerate(own):
@@ -173,7 +173,7 @@ def joined(shares: list[Share]) -> Share:
                 records.append(record)
         paths.update(record.path for record in own if record.path)
         kept.append([(rank, -fresh[-n], *files) for rank, n, *files in pictures if -n in fresh])  # type: ignore[misc]
-    return records, nearest(kept)
+    return records, nearest_pictures(kept)
 
 
 def data_in_words(trainer: Trainer, loaders: object) -> str:

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from .pictures import Kept
+from .pictures import Picture
 
 GOOD, UNLABELLED, NAMELESS = "good", "images", "defect"
 
@@ -91,7 +91,7 @@ def write_page(
     path: Path,
     title: str,
     records: Sequence[Record],
-    pictures: Sequence[Kept],
+    pictures: Sequence[Picture],
     scale: Scale,
     facts: Mapping[str, str],
     metrics: Mapping[str, float],

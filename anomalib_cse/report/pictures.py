@@ -17,7 +17,7 @@ STRIP = 3  # times as long as wide: such images are folded
 STRIP_SIDE = 320  # most pixels of these
 COLOURS = colormaps["inferno"]  # also in grey, brighter is more
 
-Kept = tuple[float, int, bytes, bytes]  # closeness to the threshold, minus the image's number, image, map or nothing
+Picture = tuple[float, int, bytes, bytes]  # closeness to the threshold, minus the image's number, image, map or nothing
 
 
 def is_strip(values: Tensor) -> bool:
@@ -53,7 +53,7 @@ class Pictures:
 
     def __init__(self, threshold: float | None, *, normalised: bool) -> None:
         self.threshold, self.normalised = threshold, normalised
-        self.kept: list[Kept] = []  # a heap, the farthest first
+        self.kept: list[Picture] = []  # a heap, the farthest first
 
     def add(self, number: int, score: float, image: Tensor, anomaly_map: Tensor | None) -> None:
         """Keep an image ``(3, H, W)`` in [0, 1] and its map ``(H, W)`` if there are not enough nearer ones."""
@@ -76,7 +76,7 @@ class Pictures:
         return webp(Image.fromarray(COLOURS(values, bytes=True)).convert("RGB"), side)
 
 
-def nearest(shares: list[list[Kept]]) -> list[Kept]:
+def nearest_pictures(shares: list[list[Picture]]) -> list[Picture]:
     """Return what is to be kept of all processes' pictures."""
     return heapq.nlargest(MOST, (entry for share in shares for entry in share))
 

@@ -2,11 +2,12 @@
 
 from .perlin import perlin_masks
 from .textures import builtin_textures, download_textures, load_textures, textures_from
-from .transform import KINDS, AnomalySynthesis, SynthesisParams, generator_for
+from .transform import KINDS, AnomalySynthesis, Stream, SynthesisParams, generator_for
 
 __all__ = [
     "KINDS",
     "AnomalySynthesis",
+    "Stream",
     "SynthesisParams",
     "builtin_textures",
     "download_textures",

@@ -6,6 +6,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -172,6 +173,24 @@ def operate(images: Tensor, drawn: Tensor, params: SynthesisParams, operations: 
         if len(rows):
             images[rows] = operation(images[rows], params[rows])
     return images
+
+
+class Stream(IntEnum):
+    """What random numbers are drawn for: sets them apart from others of the same seed. Values stay as they are."""
+
+    SPLIT = 0
+    TRAINING_PAIRS = 1
+    HELD_OUT_PAIRS = 2
+    TEXTURES = 3
+    ORDER = 4
+    CLUSTERED = 5
+    PAIRS_LIKE_HELD_OUT = 6
+    DEFECTIVE_IMAGES = 10
+    DEFECTS = 11
+    SAMPLE = 13
+    GAUSSIAN_TEXTURES = 14
+    VARIED_IMAGES = 15
+    VARIATIONS = 16
 
 
 def generator_for(*numbers: int) -> Generator:

@@ -1,8 +1,7 @@
 """Arguments, images and files, refused by one kind of error: what is wrong, what is allowed, what was given."""
 
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -54,39 +53,27 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise ValueError(msg) from error
 
 
-def read_rgb(path: str | Path) -> Image.Image:
-    """Read an image as anomalib does, in 8 bits of red, green and blue; raise the same ``ValueError``."""
-    with opened(path) as image:
-        return image.convert("RGB")
-
-
-def warn_of_files(files: Iterable[str | Path]) -> None:
-    """Warn, once of each kind, of images of more than 8 bits, of hidden ones, and of links to folders beside them.
+def oddities(modes: Mapping[Path, str]) -> Iterator[str]:
+    """Say, once of each kind, which image files have more than 8 bits, are hidden, or lie beside links to folders.
 
     anomalib accepts the first and has Pillow clip them at 255, takes hidden files for images like any other, and does
-    not look into a linked folder.
+    not look into a linked folder. ``modes`` are Pillow's.
     """
-    paths = sorted(map(Path, files))
-    deep = [(path, mode) for path in paths if (mode := mode_of(path))[:1] in ("I", "F")]
+    paths = sorted(modes)
+    deep = [path for path in paths if modes[path][:1] in ("I", "F")]
     if deep:
-        path, mode = deep[0]
-        warnings.warn(
-            f"{path} is of Pillow's mode {mode!r}: anomalib clips such images at 255, so that most 16-bit ones are "
-            f"white and floating-point ones black; convert them to 8 bits first{and_others(deep)}",
-            stacklevel=2,
+        yield (
+            f"{deep[0]} is of Pillow's mode {modes[deep[0]]!r}: anomalib clips such images at 255, so that most 16-bit "
+            f"ones are white and floating-point ones black; convert them to 8 bits first{and_others(deep)}"
         )
     hidden = [path for path in paths if path.name.startswith(".") or path.parent.name.startswith(".")]
     if hidden:
-        warnings.warn(
-            f"{hidden[0]} is hidden, but counts as an image: if it is none, take it out{and_others(hidden)}",
-            stacklevel=2,
-        )
+        yield f"{hidden[0]} is hidden, but counts as an image: if it is none, take it out{and_others(hidden)}"
     links = links_beside(paths)
     if links:
-        warnings.warn(
+        yield (
             f"{links[0]} is a link to a folder, which is not looked into: give that folder, or copy it"
-            f"{and_others(links)}",
-            stacklevel=2,
+            f"{and_others(links)}"
         )
 
 
@@ -104,15 +91,6 @@ def links_beside(paths: Sequence[Path]) -> list[Path]:
 def and_others(found: Sequence[object]) -> str:
     """Return how many there are beside the first one, in words."""
     return f" ({len(found) - 1} others too)" if len(found) > 1 else ""
-
-
-def mode_of(path: Path) -> str:
-    """Return Pillow's mode of an image, by its header; nothing if it cannot be read: who reads it will say so."""
-    try:
-        with opened(path) as image:
-            return image.mode
-    except ValueError:
-        return ""
 
 
 def check_number(name: str, value: object, interval: str, *, whole: bool = False) -> None:

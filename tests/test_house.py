@@ -15,11 +15,12 @@ MODELS = {"features", "synthesis", "deployment", "checks"}
 MAY_KNOW = {
     "cse": MODELS,
     "cse_gaussian": MODELS,
-    "deployment": {"data", "features", "report", "checks"},
+    "deployment": {"preflight", "features", "report", "checks"},
+    "preflight": {"checks"},
     "features": {"checks"},
     "synthesis": {"checks"},
-    "data": {"checks"},
-    "report": {"checks"},
+    "data": {"preflight", "checks"},
+    "report": {"preflight", "checks"},
 }
 LIBRARIES = {"torch", "torchvision", "timm", "kornia", "PIL", "numpy", *sys.stdlib_module_names}
 

@@ -20,10 +20,10 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_cse import Cse
 from anomalib_cse.cse.centres import unseen_scores
-from anomalib_cse.data.check import main as check
 from anomalib_cse.deployment import MidwayPostProcessor, compare_good_images
 from anomalib_cse.deployment.comparison import Comparison
 from anomalib_cse.deployment.good_scores import GoodScores, UnseenScores
+from anomalib_cse.preflight.__main__ import main as check
 
 from tiny import COMMON, MODELS, QUIET, data_of
 

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torchvision.transforms.v2 import Resize
 
+from ..deployment import datamodule_of
 from ..synthesis import Stream, generator_for
 
 if TYPE_CHECKING:
@@ -45,18 +46,15 @@ class HoldOut(Callback):
         self.training: AnomalibDataset | None = None  # those of them that train
         self.held_out: AnomalibDataset | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def begin(self, trainer: Trainer, model: "Cse") -> None:
         """Hold images out.
 
         Raises:
             ValueError: If there is no datamodule to hold them out of, or there are too few images.
         """
-        if stage != TrainerFn.FITTING:
-            return
-        model = cast("Cse", pl_module)
         model.fit_seed.fill_(trainer.strategy.broadcast(model.effective_seed))
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, AnomalibDataModule):
+        data = datamodule_of(trainer)
+        if data is not None:
             self.all_images = data.train_data
             self.split(data, int(model.fit_seed))
         elif self.ratio:

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
 from ..checks import check_fit, check_number, plain
-from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
+from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor, transform_of
 from ..features import pool
 from ..synthesis import KINDS, AnomalySynthesis, Stream, download_textures, generator_for, textures_from
 from .centres import fit_centres, unseen_scores
@@ -164,7 +164,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
 
     def own_callbacks(self) -> list[Callback]:
         """Return both models' callbacks, and the one that holds images out."""
-        return [*super().own_callbacks(), self.hold_out]  # the others see all images
+        return [*super().own_callbacks(), self.hold_out]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam with a one-cycle schedule over the steps there are (Section 4.1); they must have an end."""
@@ -173,10 +173,11 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         return one_cycle(trained, plain(self.hparams["learning_rate"]), self.trainer.estimated_stepping_batches)
 
     def setup(self, stage: str) -> None:
-        """Forget what an earlier ``fit`` has left."""
+        """Hold images out, once all have been looked at, and forget what an earlier ``fit`` has left."""
         super().setup(stage)
         self.pairing = None
         if stage == TrainerFn.FITTING:
+            self.hold_out.begin(self.trainer, self)
             self.best_loss.fill_(torch.inf)
             self.model.centres.fill_(torch.nan)
 
@@ -184,14 +185,13 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         """Prepare the pairs, and train the decoder beforehand if that is its mode.
 
         Raises:
-            ValueError: If there are fewer images than centres, or training ends before the first validation.
+            ValueError: If there are fewer images than centres.
         """
         super().on_train_start()
-        check_end(self.trainer)
         arguments, loader, seed = self.hparams, cast(DataLoader, self.trainer.train_dataloader), int(self.fit_seed)
         textures = textures_from(arguments["dtd_dir"], generator_for(seed, Stream.TEXTURES))
         synthesis = AnomalySynthesis(textures, kinds=arguments["defects"]).to(self.device)
-        transform, budget = getattr(self.pre_processor, "transform", None), arguments["memory_budget"]
+        transform, budget = transform_of(self.pre_processor), arguments["memory_budget"]
         pairing = Pairing(self.frozen_features, synthesis, budget, seed, self.hold_out, loader, transform)
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             pairing.limit(int(self.trainer.num_training_batches) * (loader.batch_size or 1))
@@ -298,25 +298,10 @@ def check_recipe(decoder: object, contrast_weight: object, learning_rate: object
 
 
 def one_cycle(parameters: Iterable[nn.Parameter], rate: float, steps: float) -> OptimizerLRScheduler:
-    """Return Adam with a one-cycle schedule over ``steps``, or raise a ``ValueError`` if they have no end."""
-    if steps == float("inf"):
-        msg = "the one-cycle schedule needs to know its end: set max_epochs or max_steps"
-        raise ValueError(msg)
+    """Return Adam with a one-cycle schedule over ``steps``."""
     optimizer = Adam(parameters, lr=rate)
     schedule = OneCycleLR(optimizer, max_lr=rate, total_steps=int(steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def check_end(trainer: pl.Trainer) -> None:
-    """Raise a ``ValueError`` if ``max_steps`` are reached before the first epoch that is validated."""
-    every = trainer.check_val_every_n_epoch or 1
-    epochs = -(-trainer.max_steps * trainer.accumulate_grad_batches // int(trainer.num_training_batches))
-    if trainer.enable_validation and 0 < epochs < every:
-        msg = (
-            f"max_steps {trainer.max_steps} end in epoch {epochs}, and the first to be validated is {every}: set "
-            "check_val_every_n_epoch to less, or max_steps to more"
-        )
-        raise ValueError(msg)
 
 
 def pretrain(decoder: Decoder, embedder: Embedder, pairing: Pairing, learning_rate: float) -> None:

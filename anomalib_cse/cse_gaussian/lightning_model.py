@@ -11,14 +11,12 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ..checks import check_fit, check_kinds, check_large_enough, plain
-from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor
+from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor, transform_of
 from ..synthesis import KINDS, AnomalySynthesis, Stream, download_textures, generator_for, textures_from
 from .fit import Fit, fit, own_share
 from .folds import unseen_scores
@@ -78,6 +76,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
     model: CseGaussianModel
     shaping = ("embedding_dim",)
     takes_any_size = True
+    needs_gradients = False
 
     def __init__(
         self,
@@ -117,7 +116,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             self.model = CseGaussianModel(backbone, layers, pre_trained, weights, embedding_dim)
         self.make_exportable()
         if roi is not None:
-            region = region_of(roi, getattr(self.pre_processor, "transform", None))
+            region = region_of(roi, transform_of(self.pre_processor))
             self.model.roi.resize_(region.shape).copy_(region)
         # DistributedDataParallel refuses a module in which nothing takes a gradient, Lightning steps without a loss
         self.unused = nn.Parameter(torch.zeros(()))
@@ -139,26 +138,13 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             download_textures(self.hparams["dtd_dir"])
 
     def setup(self, stage: str) -> None:
-        """Check the trainer; raise a ``ValueError`` if it cannot fit the model in one epoch."""
+        """Forget a fit that broke off."""
         super().setup(stage)
-        self.run = None  # of a fit that broke off
-        if stage != TrainerFn.FITTING:
-            return
-        check_single_pass(self.trainer)
+        self.run = None
 
     def on_fit_start(self) -> None:
-        """Seed torch's global random numbers, from which dataloaders draw the order of images.
-
-        Raises:
-            ValueError: If there is a run to resume.
-        """
+        """Seed torch's global random numbers, from which dataloaders draw the order of images."""
         super().on_fit_start()
-        if self.trainer.ckpt_path is not None:
-            msg = (
-                f"CseGaussian is fitted in one pass, so there is nothing to resume in {self.trainer.ckpt_path}: leave "
-                "ckpt_path out to fit a new one; test, predict and export take it"
-            )
-            raise ValueError(msg)
         torch.manual_seed(self.effective_seed)
 
     def on_train_start(self) -> None:
@@ -261,31 +247,3 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         """Check the checkpoint; raise a ``ValueError`` if it has another region of interest than was given."""
         super().on_load_checkpoint(checkpoint)
         check_same_region(checkpoint, self.model.roi)
-
-
-def check_single_pass(trainer: Trainer) -> None:
-    """Raise a ``ValueError`` if a trainer would validate within the one epoch, or has arguments for gradients."""
-    if trainer.precision == "16-mixed" and trainer.world_size > 1:
-        msg = "several processes take precision 32-true or bf16-mixed, got 16-mixed: it needs an optimizer"
-        raise ValueError(msg)
-    interval = trainer.val_check_interval
-    if isinstance(interval, int) or interval != 1.0:  # the whole number 1 is a batch
-        msg = f"the model is fitted after a whole epoch: leave val_check_interval at 1.0, got {interval}"
-        raise ValueError(msg)
-    given = {
-        "accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
-        "gradient_clip_val": bool(trainer.gradient_clip_val),
-        "gradient_clip_algorithm": trainer.gradient_clip_algorithm is not None,
-        "min_epochs": (trainer.min_epochs or 0) > 1,
-        "max_steps": trainer.max_steps != -1 and not trainer.fast_dev_run,  # type: ignore[attr-defined]
-    }
-    given |= {
-        type(c).__name__: isinstance(c, GradientAccumulationScheduler)
-        for c in trainer.callbacks  # type: ignore[attr-defined]
-    }
-    wrong = [name for name, is_given in given.items() if is_given]
-    if wrong:
-        msg = (
-            f"{', '.join(wrong)}: CseGaussian takes no gradient steps; leave it out (limit_train_batches limits images)"
-        )
-        raise ValueError(msg)

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from anomalib.data import MVTecAD
-from anomalib.data.datasets.image.mvtecad import CATEGORIES, IMG_EXTENSIONS
-from anomalib.data.utils.path import is_within_directory
+from anomalib.data.datasets.image.mvtecad import CATEGORIES
+
+from ..preflight import check_layout
 
 
 class MVTec(MVTecAD):
@@ -46,23 +47,3 @@ class MVTec(MVTecAD):
         """Check that all images are there, and for each defect a mask, then read the folders."""
         check_layout(self.root / self.category)
         super().setup(stage)
-
-
-def check_layout(category: Path) -> None:
-    """Raise a ``ValueError`` if a folder in MVTec AD's layout lacks masks, or has links that anomalib leaves out."""
-    for link in filter(Path.is_symlink, category.rglob("*")):
-        if link.is_dir() or (link.suffix in IMG_EXTENSIONS and not is_within_directory(category, link)):
-            msg = f"{link} leads to {link.resolve()}: anomalib leaves such links out, copy what they lead to"
-            raise ValueError(msg)
-    folders = [path for part in ("test", "ground_truth") for path in category.glob(f"{part}/*") if path.is_dir()]
-    for kind in sorted({path.name for path in folders} - {"good"}):
-        images, masks = category / "test" / kind, category / "ground_truth" / kind
-        found, expected = (
-            sum(file.suffix in IMG_EXTENSIONS for file in folder.glob("*")) for folder in (masks, images)
-        )
-        if found != expected:
-            msg = (
-                f"{images} holds {expected} images (.png) and {masks} {found} masks: MVTec AD's layout has one for "
-                "each, NAME_mask.png; anomalib's Folder takes other kinds of files, and does without masks"
-            )
-            raise ValueError(msg)

@@ -1,5 +1,6 @@
 """What makes a model deployable: exact pre-processing, thresholds, whole checkpoints, export with equal scores."""
 
+from ..preflight import datamodule_of, transform_of
 from .comparison import compare_good_images
 from .good_scores import UnseenScores, extremes
 from .mixin import DeploymentMixin
@@ -13,6 +14,8 @@ __all__ = [
     "choose_post_processor",
     "choose_pre_processor",
     "compare_good_images",
+    "datamodule_of",
     "extremes",
     "fixed_size",
+    "transform_of",
 ]

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there."""
 
-import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -48,23 +47,3 @@ class WholeCheckpointIO(AnomalibCheckpointIO):
         except (EOFError, RuntimeError) as error:  # what torch.load has for an empty and a truncated archive
             msg = f"{path} is not a whole checkpoint ({str(error) or 'it is empty'}); take another, or train again"
             raise ValueError(msg) from error
-
-
-def check_checkpoint(checkpoint: dict[str, Any], model: type, arguments: dict[str, object]) -> None:
-    """Raise a ``ValueError`` if a checkpoint is of another model, or of other values of arguments that shape it."""
-    saved = checkpoint["hyper_parameters"]
-    known = {name for base in model.__mro__ for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
-    differ = [n for n in saved if n not in known and not n.startswith("_")] + [n for n in arguments if n not in saved]
-    if differ:
-        msg = (
-            f"the checkpoint is not of this {model.__name__}: arguments differ ({', '.join(sorted(differ))}). It is of "
-            "another model, or of anomalib-cse before 0.2, where Cse held both methods: train again"
-        )
-        raise ValueError(msg)
-    for name, own in arguments.items():
-        if saved[name] != own:
-            msg = (
-                f"the checkpoint is of {name} {saved[name]}, the model has {own}: give the arguments that it was "
-                f"trained with, such as --model.{name}"
-            )
-            raise ValueError(msg)

@@ -12,8 +12,8 @@ from anomalib.deploy import CompressionType
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from ..data import check_batches, check_files
 from ..features import resize
+from ..preflight import datasets_of, loader_findings, loaders_in, settle
 
 if TYPE_CHECKING:  # optional packages
     from nncf import IgnoredScope
@@ -67,11 +67,11 @@ def check_compression(
         raise ValueError(msg)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    if not getattr(datamodule, "val_data", None):
+    if not datasets_of(datamodule)["val"]:
         msg = f"compression_type INT8_PTQ takes ranges from validation images, of which {datamodule.name} has none"
         raise ValueError(msg)
-    check_batches(datamodule.val_dataloader(), model)
-    check_files("validation", datamodule.val_data)
+    loaders = loaders_in(datamodule.val_dataloader())
+    settle(loader_findings(loaders, any_size=model.image_size is None, whole="validation"))
 
 
 def keep_single_precision(path: Path, *, only_before_convolution: bool = False) -> None:

@@ -1,6 +1,6 @@
 """What both models share on their way from training to deployment."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +10,6 @@ from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch, InferenceBatch
 from anomalib.deploy import CompressionType
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
-from anomalib.metrics import AnomalibMetric, Evaluator
 from anomalib.models.components.base.export_mixin import ExportMixin
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
@@ -19,26 +18,21 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from ..checks import Fittable, plain
-from .checkpoints import WholeCheckpointIO, check_checkpoint
-from .components import ComponentsMixin
+from ..preflight import (
+    ModelTraits,
+    check_exportable,
+    checkpoint_findings,
+    preflight,
+    setting_findings,
+    settle,
+    size_findings,
+    transform_of,
+)
+from .checkpoints import WholeCheckpointIO
+from .components import ComponentsMixin, take_out_others
 from .export import check_compression, compress, export_any_size, keep_single_precision, note_good_scores
 from .good_scores import UnseenScores
-from .post_processing import MidwayPostProcessor, check_settings
-from .pre_processing import (
-    check_exportable,
-    check_saved_pre_processor,
-    warn_unless_exportable,
-)
-from .trainer import (
-    check_augmentations,
-    check_callbacks,
-    check_images,
-    check_metrics,
-    check_trainer,
-    check_validation,
-    resizes_before,
-    take_out_others,
-)
+from .post_processing import MidwayPostProcessor, labelled
 
 
 class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
@@ -50,6 +44,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
 
     shaping: tuple[str, ...]  # arguments that a checkpoint must agree in, beside backbone and layers
     seed: int | None
+    needs_gradients = True  # or it is fitted in one pass
     logged: tuple[str, ...] = ()  # what a fit logs, which callbacks may wait for
     is_refitted = False  # since thresholds were last set by good images, in this fit
     frozen: dict[str, Tensor] | None = None  # the backbone's weights, while fitting
@@ -71,30 +66,30 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         """Trained on defect-free images alone."""
         return LearningType.ONE_CLASS
 
+    def traits(self) -> ModelTraits:
+        """Return what the preflight is to know of the model."""
+        return ModelTraits(
+            name=type(self).__name__,
+            image_size=self.image_size,
+            needs_gradients=self.needs_gradients,
+            logged=frozenset(self.logged),
+            labelled=labelled(self.post_processor, is_validated=bool(self.trainer.limit_val_batches)),
+        )
+
     def setup(self, stage: str) -> None:
-        """Check the data and the trainer before anything is computed.
+        """Check all that the run is given before anything is computed.
 
         Raises:
-            ValueError: If images to train or validate with are missing, the trainer's precision or steps do not do, or
-                a component does not fit the data.
+            ValueError: If something does not do; it lists all that does not.
         """
         trainer, self.frozen, self.is_refitted = self.trainer, None, False
-        check_trainer(trainer)
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())  # type: ignore[operator]
         take_out_others(trainer, self.own_callbacks())
-        check_augmentations(trainer, stage)
-        check_metrics(trainer, cast(Evaluator | None, self.evaluator), self.post_processor, stage)
-        if stage != TrainerFn.FITTING:
-            return
-        evaluator = cast(Evaluator | None, self.evaluator)
-        metrics = cast(Iterable[AnomalibMetric], evaluator.val_metrics if evaluator else ())
-        check_callbacks(trainer, {*self.logged, *(metric.name for metric in metrics)})
-        check_images(trainer)
-        check_validation(trainer)
-        warn_unless_exportable(self.pre_processor)
-        # or the epochs of an earlier model would count as this one's; a checkpoint to resume is read after this
-        trainer.fit_loop.epoch_progress.reset()
+        preflight(trainer, stage, self.traits())
+        if stage == TrainerFn.FITTING:
+            # or the epochs of an earlier model would count as this one's; a checkpoint to resume is read after this
+            trainer.fit_loop.epoch_progress.reset()
 
     def on_fit_start(self) -> None:
         """Note the weights of the backbone, that nothing may change."""
@@ -222,23 +217,15 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             ValueError: If it is of another model, of other arguments, or of another image size or post-processing than
                 was asked for, or has a pre-processor that the model was to do without.
         """
-        arguments = {name: self.hparams[name] for name in self.shaping}
-        arguments |= {"backbone": self.backbone.architecture, "layers": self.backbone.levels}
-        check_checkpoint(checkpoint, type(self), arguments)
-        check_settings(self.post_processor, self.configure_post_processor(), checkpoint)
-        check_saved_pre_processor(checkpoint, self.pre_processor)
+        shaping = {name: self.hparams[name] for name in self.shaping}
+        shaping |= {"backbone": self.backbone.architecture, "layers": self.backbone.levels}
+        settle(checkpoint_findings(checkpoint, type(self), shaping))
+        settle(setting_findings(checkpoint, self.pre_processor, self.post_processor, self.configure_post_processor()))
         asked_for = self.image_size
         super().on_load_checkpoint(checkpoint)
         self.make_exportable()
-        is_sized = bool(self.hparams["image_size"] or self.hparams["center_crop_size"])
-        sizes = self.image_size, asked_for
-        if sizes[0] != sizes[1] and (is_sized or resizes_before(self, becomes_free=None in sizes)):
-            saved, own = ("any number of" if size is None else size for size in sizes)
-            msg = (
-                f"the checkpoint is of images of {saved} pixels, the model was made for {own}: give "
-                "--model.image_size, --model.center_crop_size and --model.pre_processor as in training"
-            )
-            raise ValueError(msg)
+        is_given = bool(self.hparams["image_size"] or self.hparams["center_crop_size"])
+        settle(size_findings(self, self.image_size, asked_for, is_given=is_given))
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -261,7 +248,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         Raises:
             ValueError: If the pre-processing cannot be exported exactly.
         """
-        check_exportable(getattr(self.pre_processor, "transform", None))
+        check_exportable(transform_of(self.pre_processor))
         options = {"opset_version": 18, "external_data": False, **kwargs}
         own = self.post_processor
         with own.labels_as_there_are() if isinstance(own, MidwayPostProcessor) else nullcontext():

@@ -272,20 +272,13 @@ def choose_post_processor(given: nn.Module | bool, reject_rate: float | None) ->
     return MidwayPostProcessor(reject_rate)
 
 
-def check_settings(own: nn.Module | None, default: PostProcessor | None, checkpoint: dict[str, Any]) -> None:
-    """Raise a ``ValueError`` if a post-processor was given settings that those of a checkpoint would overrule."""
-    saved = checkpoint.get("anomalib_post_processor_config")
-    if not isinstance(own, PostProcessor) or not saved:
-        return
-    usual = default.checkpoint_config() if default else {}
-    for name, value in own.checkpoint_config().items():
-        if value == usual.get(name, value):
-            continue
-        kept = saved.get(name, usual.get(name))
-        if value != kept:
-            given = "model" if name == "reject_rate" else "post_processor"
-            msg = (
-                f"the {given} was given {name}={value}, but {kept} of the checkpoint would count: load the model "
-                f"without it, set model.post_processor.{name}, and give no ckpt_path after that"
-            )
-            raise ValueError(msg)
+def labelled(own: nn.Module | None, *, is_validated: bool) -> frozenset[str]:
+    """Return which of ``"val"`` and ``"test"`` batches a post-processor gives labels, as far as is known before."""
+    if own is None:
+        return frozenset()
+    if type(own) not in (PostProcessor, MidwayPostProcessor):  # a user's own may give labels at any time
+        return frozenset({"val", "test"})
+    # thresholds come from validation or a rate of rejects; anomalib's own gives labels without
+    has_some = not isinstance(own, MidwayPostProcessor) or own.has_thresholds or own.reject_rate is not None
+    gives_some = cast(PostProcessor, own).enable_thresholding and (has_some or is_validated)
+    return frozenset({"test"} if gives_some else ())

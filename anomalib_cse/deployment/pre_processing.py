@@ -1,20 +1,16 @@
 """Resizing that survives export: the exported graph computes what ``engine.predict`` computes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from anomalib.data.transforms import ExportableCenterCrop
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
-from ..checks import check_pixels, check_size
+from ..checks import check_size
 from ..features import resize
-
-ROUNDING = 1e-3  # how far arithmetic may leave [0, 1]
-EXPORTABLE = "export needs Resize((height, width)), bilinear and antialiased"
+from ..preflight import exports_exactly, transform_of
 
 
 class ExactResize(nn.Module):
@@ -33,16 +29,6 @@ class ExactResize(nn.Module):
         return resize(images, self.size)
 
 
-def exports_exactly(transform: Transform) -> bool:
-    """Whether every ``Resize`` in a transform is one that :class:`ExactResize` equals."""
-    if isinstance(transform, Compose):
-        return all(map(exports_exactly, transform.transforms))
-    if not isinstance(transform, Resize):
-        return True
-    bilinear = InterpolationMode(transform.interpolation) == InterpolationMode.BILINEAR  # newer torchvisions: a str
-    return len(transform.size) == 2 and bilinear and bool(transform.antialias)
-
-
 def exact(transform: nn.Module) -> nn.Module:
     """Return a transform with ``Resize`` and ``CenterCrop`` in forms that export, if they can, and compute the same."""
     if isinstance(transform, Compose):
@@ -52,13 +38,6 @@ def exact(transform: nn.Module) -> nn.Module:
     if isinstance(transform, Resize) and exports_exactly(transform):
         return ExactResize(tuple(transform.size))
     return transform
-
-
-def check_exportable(transform: Transform) -> None:
-    """Raise a ``ValueError`` if a ``Resize`` of a transform cannot be exported exactly."""
-    if not exports_exactly(transform):
-        msg = f"{EXPORTABLE}, got {transform}"
-        raise ValueError(msg)
 
 
 def resize_and_crop(image_size: Sequence[int] | None, center_crop_size: Sequence[int] | None = None) -> PreProcessor:
@@ -114,46 +93,9 @@ def check_transform(transform: nn.Module | None) -> None:
         raise ValueError(msg)
 
 
-def check_keeps_range(transform: nn.Module, role: str, slack: float = ROUNDING) -> None:
-    """Raise a ``ValueError`` unless a transform, of a ``role``, makes images in [0, 1] of a black and a white one.
-
-    A transform that takes no such image, being for larger ones or for masks too, is left to the check of batches.
-    """
-    for grey in (0.0, 1.0):
-        try:
-            with torch.random.fork_rng(devices=[]):  # augmentations draw
-                image = transform(torch.full((1, 3, 1024, 1024), grey))
-        except Exception:  # noqa: BLE001  a user's own may raise anything
-            return
-        try:
-            check_pixels(image, slack=slack)  # of one grey, resizing leaves it as it is
-        except ValueError as error:
-            msg = f"{role} {transform} does not leave images as they are taken: {error}"
-            raise ValueError(msg) from error
-
-
-def warn_unless_exportable(pre_processor: nn.Module | None) -> None:
-    """Warn before training of a pre-processor with which no export to ONNX or OpenVINO is possible."""
-    transform = getattr(pre_processor, "transform", None)
-    if transform is not None and not exports_exactly(transform):
-        rank_zero_warn(f"a model with {transform} can be exported to torch alone: {EXPORTABLE}")
-
-
-def check_saved_pre_processor(checkpoint: dict[str, Any], pre_processor: nn.Module | None) -> None:
-    """Raise a ``ValueError`` if a model was given no pre-processor, and a checkpoint has one, or one not taken now."""
-    saved = checkpoint.get("anomalib_pre_processor_config")
-    if saved and pre_processor is None:
-        msg = "the checkpoint has a pre-processor, and the model was given none: leave pre_processor=False out"
-        raise ValueError(msg)
-    kept_by_0_2 = checkpoint.get("pre_processor_transform")
-    if saved and kept_by_0_2 and saved.get("transform", ...) is None:
-        msg = f"the checkpoint is of {kept_by_0_2['name']}, which is not taken any more: train again"
-        raise ValueError(msg)
-
-
 def fixed_size(pre_processor: nn.Module | None) -> tuple[int, int] | None:
     """Return the height and width of whatever a pre-processor is given, or ``None`` if they vary."""
-    transform = getattr(pre_processor, "transform", None)
+    transform = transform_of(pre_processor)
     samples = [torch.zeros(1, 3, *size) for size in ((600, 800), (1000, 700))]
     sizes = {tuple((transform(sample) if transform else sample).shape[-2:]) for sample in samples}
     return sizes.pop() if len(sizes) == 1 else None

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import CenterCrop, Resize
 
+from ..preflight import datamodule_of, transform_of
 from ..report import folded, is_strip
 
 
@@ -44,7 +45,7 @@ class WholeImageVisualizer(ImageVisualizer):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Draw a batch."""
-        margin = margins(getattr(pl_module.pre_processor, "transform", None))
+        margin = margins(transform_of(pl_module.pre_processor))
         if margin:
             fields = {name: getattr(batch, name) for name in ("image", "anomaly_map", "gt_mask", "pred_mask")}
             whole = {name: F.pad(values, margin) for name, values in fields.items() if values is not None}
@@ -60,7 +61,7 @@ class WholeImageVisualizer(ImageVisualizer):
     def draw_strips(self, trainer: Trainer, batch: Any) -> None:
         """Draw images that are much longer than wide in parts, below one another, at twice the size of others."""
         gaps = {"image": 1.0, "gt_mask": 0, "pred_mask": 0, "anomaly_map": 0.0}
-        data = getattr(trainer, "datamodule", None)
+        data = datamodule_of(trainer)
         if self.output_dir is None:
             self.output_dir = Path(trainer.default_root_dir) / "images"
         for item in batch:

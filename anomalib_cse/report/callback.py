@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
+from ..preflight import datamodule_of
 from .page import Record, Scale, name, plural, write_page
 from .pictures import Picture, Pictures, nearest_pictures
 
@@ -178,7 +179,7 @@ def joined(shares: list[Share]) -> Share:
 
 def data_in_words(trainer: Trainer, loaders: object) -> str:
     """Return the name of the datamodule and its category, if the images were its test images; else nothing."""
-    data = getattr(trainer, "datamodule", None)
+    data = datamodule_of(trainer)
     datasets = [loader.dataset for loader in CombinedLoader(loaders).flattened if isinstance(loader, DataLoader)]
     if not any(dataset is getattr(data, "test_data", None) for dataset in datasets):
         return ""

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Generator, Tensor
 from torchvision.datasets import DTD
 from torchvision.transforms.v2 import functional as TF
 
-from ..checks import read_rgb, warn_of_files
+from ..checks import oddities, opened
 
 TEXTURES_KEPT = 512
 TEXTURE_SIZE = 256  # pixels a side
@@ -56,18 +57,18 @@ def load_textures(folder: str | Path, count: int, size: int, generator: Generato
         msg = f"dtd_dir: no photographs ({kinds}) below {folder}; links to other folders are not followed"
         raise FileNotFoundError(msg)
     chosen = [files[i] for i in torch.randperm(len(files), generator=generator)[:count].tolist()]
-    warn_of_files(chosen)
-    return torch.stack([read_texture(file, size) for file in chosen])
-
-
-def read_texture(file: Path, size: int) -> Tensor:
-    """Read one photograph as ``(3, size, size)`` uint8, or raise a ``ValueError``."""
-    try:
-        photograph = TF.pil_to_tensor(read_rgb(file))
-    except ValueError as error:
-        msg = f"dtd_dir: {error}"
-        raise ValueError(msg) from error
-    return TF.center_crop(TF.resize(photograph, [size], antialias=True), [size])
+    modes, textures = {}, []
+    for file in chosen:
+        try:
+            with opened(file) as image:
+                modes[file], photograph = image.mode, TF.pil_to_tensor(image.convert("RGB"))
+        except ValueError as error:
+            msg = f"dtd_dir: {error}"
+            raise ValueError(msg) from error
+        textures.append(TF.center_crop(TF.resize(photograph, [size], antialias=True), [size]))
+    for found in oddities(modes):
+        warnings.warn(found, stacklevel=2)
+    return torch.stack(textures)
 
 
 def builtin_textures(count: int, size: int, generator: Generator | None = None) -> Tensor:

@@ -14,18 +14,17 @@ from anomalib.engine import Engine
 from PIL import Image
 
 from anomalib_cse.data import MVTec
-from anomalib_cse.data.check import main
-from anomalib_cse.data.image_check import samples_of
-from anomalib_cse.data.look import (
+from anomalib_cse.preflight.__main__ import main
+from anomalib_cse.preflight.dataset import alike, inspect, summary
+from anomalib_cse.preflight.findings import messages
+from anomalib_cse.preflight.images import (
     IN_A_ROW,
     Header,
     Sample,
-    alike,
-    header_of,
-    look,
     nearly_constant,
+    read_header,
+    samples_of,
     shows_nothing,
-    summary,
 )
 
 from tiny import COMMON, MODELS, QUIET
@@ -134,6 +133,14 @@ def fit(category, dtd, tmp_path):
     return run
 
 
+def doubts(*images):
+    """What may be wrong with images to train, to validate and to test with."""
+    _, findings, _ = inspect(*images)
+    errors, warnings = messages(findings)
+    assert not errors
+    return warnings
+
+
 def written(capsys, *folders):
     """Run the command in this process; return the summary, what is wrong, what may be, and the exit code."""
     code = main([str(folder) for folder in folders])
@@ -194,9 +201,9 @@ def test_one_image_to_train_and_to_test_with_flatters(category):
     data = Folder("tiny", train, abnormal_dir=category / "test" / "square", normal_test_dir=train, num_workers=0)
     data.setup()
     images = [samples_of(part) for part in (data.train_data, data.val_data, data.test_data)]
-    [warning] = look(*images).warnings
+    [warning] = doubts(*images)
     assert re.search(r"is to test with, but .* is trained on: the test flatters \(9 others too\)$", warning)
-    assert not look([], *images[1:]).warnings
+    assert not doubts([], *images[1:])
 
 
 def test_images_of_several_kinds_are_summed_up():
@@ -218,18 +225,19 @@ def test_nearly_constant_images_are_found_in_every_format(suffix, shape, tmp_pat
     for number in (3, 10):  # several in a row show something before the second
         flat(100, shape).save(tmp_path / f"{number:02}.{suffix}")
     paths = [str(path) for path in sorted(tmp_path.iterdir())]
-    found, unreadable = nearly_constant(map(header_of, paths))
+    found, unreadable = nearly_constant(map(read_header, paths))
     assert sorted(found) == [paths[3], paths[10]]
     assert not unreadable
 
 
 def test_few_compressed_images_are_decoded(tmp_path, monkeypatch):
     decoded = []
-    monkeypatch.setattr("anomalib_cse.data.look.shows_nothing", lambda path: decoded.append(path) or "flat" in path)
+    place = "anomalib_cse.preflight.images.shows_nothing"
+    monkeypatch.setattr(place, lambda path: decoded.append(path) or "flat" in path)
     for number in range(20):
         noise(number).save(tmp_path / f"{number}.png")
     flat().save(tmp_path / "flat.png")
-    nearly_constant(header_of(str(path)) for path in tmp_path.iterdir())
+    nearly_constant(read_header(str(path)) for path in tmp_path.iterdir())
     assert len(decoded) == 1 + IN_A_ROW
 
 
@@ -250,16 +258,19 @@ def test_files_are_alike_only_if_every_byte_is(tmp_path):
     assert alike([str(tmp_path / f"{number}") for number in range(len(contents))]) == [[0, 3, 6]]
 
 
-def test_the_command_runs_as_a_module(category, capsys, monkeypatch):
-    """Without Python's warning that the module has been imported before, as its package is."""
+@pytest.mark.parametrize("command", ["anomalib_cse.preflight", "anomalib_cse.data.check"])
+def test_the_command_runs_as_a_module(command, category, capsys, monkeypatch):
+    """By its old name too, without Python's warning that the module has been imported before, as its package is."""
     for module in [name for name in sys.modules if name.split(".")[0] == "anomalib_cse"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "argv", ["check", str(category)])
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         with pytest.raises(SystemExit) as stopped:
-            runpy.run_module("anomalib_cse.data.check", run_name="__main__", alter_sys=True)
-    assert capsys.readouterr().out == SUMMARY.format("test") + "\n"
+            runpy.run_module(command, run_name="__main__", alter_sys=True)
+    written = capsys.readouterr()
+    assert written.out == SUMMARY.format("test") + "\n"
+    assert ("python -m anomalib_cse.preflight now" in written.err) == (command == "anomalib_cse.data.check")
     assert stopped.value.code == 0
 
 
@@ -312,9 +323,9 @@ def test_the_command_reads_masks_and_refuses_what_is_no_dataset(category, capsys
 def test_strip_that_is_squeezed_is_warned_of(size, said, tmp_path):
     for number in range(3):
         noise(number, (32, 512, 3)).save(tmp_path / f"{number}.png")
-    found = look([Sample(str(path)) for path in sorted(tmp_path.iterdir())], [], [], size)
-    assert len(found.warnings) == bool(said)
-    assert all(part in found.warnings[0] for part in said)
+    found = doubts([Sample(str(path)) for path in sorted(tmp_path.iterdir())], [], [], size)
+    assert len(found) == bool(said)
+    assert all(part in found[0] for part in said)
 
 
 def test_fit_warns_of_squeezed_images_by_the_size_of_its_pre_processor(tmp_path):

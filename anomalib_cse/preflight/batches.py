@@ -1,0 +1,106 @@
+"""What can only be seen once a run has its dataloaders and batches: images of the user's own, and pixels."""
+
+from collections.abc import Sequence
+from traceback import walk_tb
+from typing import Any, cast
+
+from anomalib.data import DepthBatch, ImageBatch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from ..checks import check_pixels
+from .findings import settle
+from .images import Sample, datasets_of, files_of, loader_findings, loaders_in, read_header, samples_of
+from .trainer import datamodule_of, end_findings
+
+
+class BatchCheck(Callback):
+    """Check dataloaders that are not a datamodule's, and the pixels of all batches; name a file that cannot be read.
+
+    It has to come before the pre-processor.
+
+    Args:
+        any_size: Whether images go into the network as they are.
+    """
+
+    def __init__(self, *, any_size: bool) -> None:
+        self.any_size = any_size
+        self.training: Sequence[Sample] = ()
+        self.seen: list[object] = []  # datasets
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note the training images, before any are held out."""
+        del pl_module
+        datasets = datasets_of(datamodule_of(trainer)) if stage == TrainerFn.FITTING else {}
+        self.training, self.seen = samples_of(datasets.get("train")), []
+
+    def check_loaders(self, trainer: Trainer, loaders: object) -> None:
+        """Check the images of dataloaders once, but for those that the preflight of a fit has seen.
+
+        Raises:
+            ValueError: If images of several sizes would be stretched to one.
+        """
+        is_fit = trainer.state.fn == TrainerFn.FITTING
+        known = [*self.seen, *(datasets_of(datamodule_of(trainer)).values() if is_fit else ())]
+        fresh = [loader for loader in loaders_in(loaders) if not any(loader.dataset is data for data in known)]
+        self.seen += [loader.dataset for loader in fresh]
+        settle(loader_findings(fresh, any_size=self.any_size))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the training images, and that steps do not end before the first validation."""
+        del pl_module
+        self.check_loaders(trainer, trainer.train_dataloader)
+        settle(end_findings(trainer))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the validation images."""
+        del pl_module
+        self.check_loaders(trainer, trainer.val_dataloaders)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the test images."""
+        del pl_module
+        self.check_loaders(trainer, trainer.test_dataloaders)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the images to predict."""
+        del pl_module
+        self.check_loaders(trainer, trainer.predict_dataloaders)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Raise a ``ValueError`` unless a training batch is of images in [0, 1]."""
+        del trainer, pl_module, batch_idx
+        check_batch(batch)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Raise a ``ValueError`` unless a batch to score is of images in [0, 1]."""
+        del trainer, pl_module, batch_idx, dataloader_idx
+        check_batch(batch)
+
+    on_test_batch_start = on_validation_batch_start
+    on_predict_batch_start = on_validation_batch_start
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Add to an error from reading images which file it was."""
+        del pl_module
+        if not any("torch/utils/data" in frame.f_code.co_filename for frame, _ in walk_tb(exception.__traceback__)):
+            return
+        runs = trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders, trainer.predict_dataloaders
+        loaded = (s for loaders in runs for loader in loaders_in(loaders) for s in samples_of(loader.dataset))
+        for path in dict.fromkeys(files_of((*self.training, *loaded))):
+            try:
+                read_header(path, whole=True)
+            except ValueError as reason:
+                exception.add_note(str(reason))
+                return
+
+
+def check_batch(batch: object) -> None:
+    """Raise a ``ValueError`` unless a batch, before anything is done to it, is of images in [0, 1]."""
+    if not isinstance(batch, ImageBatch | DepthBatch):
+        msg = f"dataloaders must give anomalib's ImageBatch, got {type(batch).__name__}: see ImageBatch.collate"
+        raise ValueError(msg)
+    check_pixels(cast(Tensor, batch.image), batch.image_path)

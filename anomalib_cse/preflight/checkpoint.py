@@ -1,0 +1,74 @@
+"""What is asked of a checkpoint before it is loaded: that it is of this model, and of what the model was made with."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule
+
+from .findings import Finding, error
+from .trainer import datamodule_of
+
+
+def checkpoint_findings(checkpoint: Mapping[str, Any], model: type, shaping: Mapping[str, object]) -> Iterator[Finding]:
+    """Say if a checkpoint is of another model, or of other values of the arguments that shape it."""
+    saved = checkpoint["hyper_parameters"]
+    known = {name for base in model.__mro__ for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
+    differ = [n for n in saved if n not in known and not n.startswith("_")] + [n for n in shaping if n not in saved]
+    if differ:
+        yield error(
+            f"the checkpoint is not of this {model.__name__}: arguments differ ({', '.join(sorted(differ))}). It is of "
+            "another model, or of anomalib-cse before 0.2, where Cse held both methods: train again"
+        )
+        return
+    for name, own in shaping.items():
+        if saved[name] != own:
+            yield error(
+                f"the checkpoint is of {name} {saved[name]}, the model has {own}: give the arguments that it was "
+                f"trained with, such as --model.{name}"
+            )
+
+
+def setting_findings(
+    checkpoint: Mapping[str, Any], pre_processor: object, post_processor: object, default: PostProcessor
+) -> Iterator[Finding]:
+    """Say if a checkpoint would overrule settings of the model's components, or has ones that are not taken now."""
+    saved = checkpoint.get("anomalib_pre_processor_config")
+    if saved and pre_processor is None:
+        yield error("the checkpoint has a pre-processor, and the model was given none: leave pre_processor=False out")
+    kept_by_0_2 = checkpoint.get("pre_processor_transform")
+    if saved and kept_by_0_2 and saved.get("transform", ...) is None:
+        yield error(f"the checkpoint is of {kept_by_0_2['name']}, which is not taken any more: train again")
+    settings, usual = checkpoint.get("anomalib_post_processor_config"), default.checkpoint_config()
+    if not settings or not isinstance(post_processor, PostProcessor):
+        return
+    for name, value in post_processor.checkpoint_config().items():
+        kept = settings.get(name, usual.get(name))
+        if value not in (usual.get(name, value), kept):
+            argument = "model" if name == "reject_rate" else "post_processor"
+            yield error(
+                f"the {argument} was given {name}={value}, but {kept} of the checkpoint would count: load the model "
+                f"without it, set model.post_processor.{name}, and give no ckpt_path after that"
+            )
+
+
+def size_findings(
+    model: LightningModule, saved: tuple[int, int] | None, own: tuple[int, int] | None, *, is_given: bool
+) -> Iterator[Finding]:
+    """Say if a checkpoint's pre-processing leaves images of another size than the model's own did.
+
+    That matters if the size is one that the user has given, or if the trainer keeps the model's own pre-processing:
+    anomalib's datamodules have taken over the resizing that the model was made with, and a trainer that has the
+    pre-processor among its callbacks keeps it, even if there is to be none.
+    """
+    try:
+        keeps_own = None in (saved, own) or datamodule_of(model.trainer) is not None
+    except RuntimeError:  # it has no trainer
+        keeps_own = False
+    if saved != own and (is_given or keeps_own):
+        of, to = ("any number of" if size is None else size for size in (saved, own))
+        yield error(
+            f"the checkpoint is of images of {of} pixels, the model was made for {to}: give --model.image_size, "
+            "--model.center_crop_size and --model.pre_processor as in training"
+        )

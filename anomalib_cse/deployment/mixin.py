@@ -219,7 +219,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         """
         shaping = {name: self.hparams[name] for name in self.shaping}
         shaping |= {"backbone": self.backbone.architecture, "layers": self.backbone.levels}
-        settle(checkpoint_findings(checkpoint, type(self), shaping))
+        settle(checkpoint_findings(checkpoint, self, shaping, can_resume=self.needs_gradients))
         settle(setting_findings(checkpoint, self.pre_processor, self.post_processor, self.configure_post_processor()))
         asked_for = self.image_size
         super().on_load_checkpoint(checkpoint)

@@ -5,20 +5,37 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from anomalib.post_processing import PostProcessor
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from .findings import Finding, error
 from .trainer import datamodule_of
 
 
-def checkpoint_findings(checkpoint: Mapping[str, Any], model: type, shaping: Mapping[str, object]) -> Iterator[Finding]:
-    """Say if a checkpoint is of another model, or of other values of the arguments that shape it."""
+def trainer_of(model: LightningModule) -> Trainer | None:
+    """Return the trainer of a model; ``None`` if it has none."""
+    try:
+        return model.trainer
+    except RuntimeError:
+        return None
+
+
+def checkpoint_findings(
+    checkpoint: Mapping[str, Any], model: LightningModule, shaping: Mapping[str, object], *, can_resume: bool
+) -> Iterator[Finding]:
+    """Say if a checkpoint is of another model, of other values of the arguments that shape it, or no run to resume."""
+    trainer, kind = trainer_of(model), type(model)
+    if trainer is not None and trainer.state.fn == TrainerFn.FITTING and not can_resume:
+        yield error(
+            f"{kind.__name__} is fitted in one pass, so there is nothing to resume in {trainer.ckpt_path}: leave "
+            "ckpt_path out to fit a new one; test, predict and export take it"
+        )
     saved = checkpoint["hyper_parameters"]
-    known = {name for base in model.__mro__ for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
+    known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
     differ = [n for n in saved if n not in known and not n.startswith("_")] + [n for n in shaping if n not in saved]
     if differ:
         yield error(
-            f"the checkpoint is not of this {model.__name__}: arguments differ ({', '.join(sorted(differ))}). It is of "
+            f"the checkpoint is not of this {kind.__name__}: arguments differ ({', '.join(sorted(differ))}). It is of "
             "another model, or of anomalib-cse before 0.2, where Cse held both methods: train again"
         )
         return
@@ -62,10 +79,8 @@ def size_findings(
     anomalib's datamodules have taken over the resizing that the model was made with, and a trainer that has the
     pre-processor among its callbacks keeps it, even if there is to be none.
     """
-    try:
-        keeps_own = None in (saved, own) or datamodule_of(model.trainer) is not None
-    except RuntimeError:  # it has no trainer
-        keeps_own = False
+    trainer = trainer_of(model)
+    keeps_own = trainer is not None and (None in (saved, own) or datamodule_of(trainer) is not None)
     if saved != own and (is_given or keeps_own):
         of, to = ("any number of" if size is None else size for size in (saved, own))
         yield error(

@@ -101,12 +101,7 @@ def validation_findings(trainer: Trainer) -> Iterator[Finding]:
 
 
 def single_pass_findings(trainer: Trainer, name: str) -> Iterator[Finding]:
-    """Say if a trainer would validate within the one epoch, go on with a run, or has arguments for gradients."""
-    if trainer.ckpt_path is not None:
-        yield error(
-            f"{name} is fitted in one pass, so there is nothing to resume in {trainer.ckpt_path}: leave ckpt_path out "
-            "to fit a new one; test, predict and export take it"
-        )
+    """Say if a trainer would validate within the one epoch, or has arguments for gradients."""
     if trainer.precision == "16-mixed" and trainer.world_size > 1:
         yield error("several processes take precision 32-true or bf16-mixed, got 16-mixed: it needs an optimizer")
     interval = trainer.val_check_interval

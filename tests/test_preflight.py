@@ -1,11 +1,14 @@
 """What is said of images before training: each planted fault by its name, and nothing of a clean folder."""
 
+import builtins
+import io
 import logging
 import re
 import runpy
 import shutil
 import sys
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -170,6 +173,48 @@ def test_what_makes_results_wrong_is_refused_before_training(plant, category, fi
     assert len(errors) == (7 if plant is no_header else 1)
     assert not doubts
     assert code == 1
+
+
+def test_all_that_is_wrong_is_said_at_once(category, dtd, tmp_path):
+    for plant in (contrary, cut_off):
+        plant(category)
+    engine = Engine(precision="64-true", min_epochs=2, default_root_dir=tmp_path / "results", **QUIET)
+    with pytest.raises(ValueError, match="precision must be") as caught:
+        engine.fit(MODELS["CseGaussian"](**COMMON, dtd_dir=str(dtd)), datamodule=MVTec(category.parent, "tiny"))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    said = "precision must be", "min_epochs: CseGaussian", "003.png cannot be read", "counts as defective"
+    for part in said:
+        assert sum(part in line for line in lines) == 1, part
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """How often each file has been opened, also by Pillow."""
+    counts = Counter()
+
+    def counted(file, *args, **kwargs):
+        counts[str(file)] += 1
+        return plain_open(file, *args, **kwargs)
+
+    plain_open = io.open
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", counted)
+    return counts
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fit_opens_each_file_once_before_it_and_once_to_use_it(name, category, fit, opened):
+    """Of training images it also decodes the few of the fewest bytes, which may show nothing."""
+    for number, path in enumerate(sorted(category.rglob("*.png"))):  # files of one length would be compared
+        path.write_bytes(path.read_bytes() + bytes(1000 * number))
+    opened.clear()
+    fit(name)
+    counts = {part: [opened[str(path)] for path in category.glob(f"{part}/*.png")] for part in ("train/good", "test/*")}
+    masks = [opened[str(path)] for path in category.glob("ground_truth/*/*.png")]
+    assert sorted(counts["train/good"]) == [2] * (10 - IN_A_ROW) + [3] * IN_A_ROW
+    assert counts["test/*"] == [2] * 8
+    assert masks == [2] * 4
 
 
 @pytest.mark.parametrize("plant", WARNINGS)

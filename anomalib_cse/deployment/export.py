@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from ..features import resize
-from ..preflight import datasets_of, loader_findings, loaders_in, settle
+from ..preflight import datasets_of, loader_findings, settle
 
 if TYPE_CHECKING:  # optional packages
     from nncf import IgnoredScope
@@ -70,8 +70,7 @@ def check_compression(
     if not datasets_of(datamodule)["val"]:
         msg = f"compression_type INT8_PTQ takes ranges from validation images, of which {datamodule.name} has none"
         raise ValueError(msg)
-    loaders = loaders_in(datamodule.val_dataloader())
-    settle(loader_findings(loaders, any_size=model.image_size is None, whole="validation"))
+    settle(loader_findings(datamodule.val_dataloader(), any_size=model.image_size is None, whole="validation"))
 
 
 def keep_single_precision(path: Path, *, only_before_convolution: bool = False) -> None:

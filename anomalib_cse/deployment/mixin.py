@@ -10,6 +10,7 @@ from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch, InferenceBatch
 from anomalib.deploy import CompressionType
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin import ExportMixin
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
@@ -20,12 +21,10 @@ from torch import Tensor
 from ..checks import Fittable, plain
 from ..preflight import (
     ModelTraits,
+    check_checkpoint,
     check_exportable,
-    checkpoint_findings,
+    check_image_size,
     preflight,
-    setting_findings,
-    settle,
-    size_findings,
     transform_of,
 )
 from .checkpoints import WholeCheckpointIO
@@ -219,13 +218,12 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         """
         shaping = {name: self.hparams[name] for name in self.shaping}
         shaping |= {"backbone": self.backbone.architecture, "layers": self.backbone.levels}
-        settle(checkpoint_findings(checkpoint, self, shaping, can_resume=self.needs_gradients))
-        settle(setting_findings(checkpoint, self.pre_processor, self.post_processor, self.configure_post_processor()))
+        check_checkpoint(checkpoint, cast(AnomalibModule, self), shaping, can_resume=self.needs_gradients)
         asked_for = self.image_size
         super().on_load_checkpoint(checkpoint)
         self.make_exportable()
         is_given = bool(self.hparams["image_size"] or self.hparams["center_crop_size"])
-        settle(size_findings(self, self.image_size, asked_for, is_given=is_given))
+        check_image_size(self, self.image_size, asked_for, is_given=is_given)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]

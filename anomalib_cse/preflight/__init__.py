@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from .batches import BatchCheck
-from .checkpoint import checkpoint_findings, setting_findings, size_findings
+from .checkpoint import check_checkpoint, check_image_size
 from .dataset import inspect
 from .findings import Finding, settle
 from .images import check_layout, datasets_of, loader_findings, loaders_in, mixed_batches, samples_of
@@ -38,19 +38,17 @@ __all__ = [
     "LABELS",
     "BatchCheck",
     "ModelTraits",
+    "check_checkpoint",
     "check_exportable",
+    "check_image_size",
     "check_layout",
-    "checkpoint_findings",
     "datamodule_of",
     "datasets_of",
     "exports_exactly",
     "loader_findings",
-    "loaders_in",
     "preflight",
     "samples_of",
-    "setting_findings",
     "settle",
-    "size_findings",
     "transform_of",
 ]
 

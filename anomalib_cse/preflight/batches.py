@@ -6,13 +6,20 @@ from typing import Any, cast
 
 from anomalib.data import DepthBatch, ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 
 from ..checks import check_pixels
 from .findings import settle
 from .images import Sample, datasets_of, files_of, loader_findings, loaders_in, read_header, samples_of
 from .trainer import datamodule_of, end_findings
+
+LOADERS = {  # of a trainer, by its stage
+    "train": "train_dataloader",
+    "val": "val_dataloaders",
+    "test": "test_dataloaders",
+    "predict": "predict_dataloaders",
+}
 
 
 class BatchCheck(Callback):
@@ -35,38 +42,21 @@ class BatchCheck(Callback):
         datasets = datasets_of(datamodule_of(trainer)) if stage == TrainerFn.FITTING else {}
         self.training, self.seen = samples_of(datasets.get("train")), []
 
-    def check_loaders(self, trainer: Trainer, loaders: object) -> None:
-        """Check the images of dataloaders once, but for those that the preflight of a fit has seen.
+    def check_loaders(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the images of a stage's dataloaders once, but for those that the preflight of a fit has seen.
 
         Raises:
-            ValueError: If images of several sizes would be stretched to one.
+            ValueError: If images of several sizes would be stretched to one, or steps end before the first validation.
         """
-        is_fit = trainer.state.fn == TrainerFn.FITTING
+        del pl_module
+        is_fit, stage = trainer.state.fn == TrainerFn.FITTING, cast(RunningStage, trainer.state.stage)
         known = [*self.seen, *(datasets_of(datamodule_of(trainer)).values() if is_fit else ())]
-        fresh = [loader for loader in loaders_in(loaders) if not any(loader.dataset is data for data in known)]
+        loaders = loaders_in(getattr(trainer, LOADERS[stage.dataloader_prefix or ""]))
+        fresh = [loader for loader in loaders if not any(loader.dataset is dataset for dataset in known)]
         self.seen += [loader.dataset for loader in fresh]
-        settle(loader_findings(fresh, any_size=self.any_size))
+        settle([*loader_findings(fresh, any_size=self.any_size), *(end_findings(trainer) if trainer.training else ())])
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the training images, and that steps do not end before the first validation."""
-        del pl_module
-        self.check_loaders(trainer, trainer.train_dataloader)
-        settle(end_findings(trainer))
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the validation images."""
-        del pl_module
-        self.check_loaders(trainer, trainer.val_dataloaders)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the test images."""
-        del pl_module
-        self.check_loaders(trainer, trainer.test_dataloaders)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the images to predict."""
-        del pl_module
-        self.check_loaders(trainer, trainer.predict_dataloaders)
+    on_train_start = on_validation_start = on_test_start = on_predict_start = check_loaders
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Raise a ``ValueError`` unless a training batch is of images in [0, 1]."""
@@ -88,8 +78,8 @@ class BatchCheck(Callback):
         del pl_module
         if not any("torch/utils/data" in frame.f_code.co_filename for frame, _ in walk_tb(exception.__traceback__)):
             return
-        runs = trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders, trainer.predict_dataloaders
-        loaded = (s for loaders in runs for loader in loaders_in(loaders) for s in samples_of(loader.dataset))
+        loaders = (loader for name in LOADERS.values() for loader in loaders_in(getattr(trainer, name)))
+        loaded = (sample for loader in loaders for sample in samples_of(loader.dataset))
         for path in dict.fromkeys(files_of((*self.training, *loaded))):
             try:
                 read_header(path, whole=True)

@@ -2,14 +2,17 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from .findings import Finding, error
+from .findings import Finding, error, settle
 from .trainer import datamodule_of
+
+if TYPE_CHECKING:  # it would import the models, which import this
+    from anomalib.models.components import AnomalibModule
 
 
 def trainer_of(model: LightningModule) -> Trainer | None:
@@ -20,7 +23,22 @@ def trainer_of(model: LightningModule) -> Trainer | None:
         return None
 
 
-def checkpoint_findings(
+def check_checkpoint(
+    checkpoint: Mapping[str, Any], model: "AnomalibModule", shaping: Mapping[str, object], *, can_resume: bool
+) -> None:
+    """Raise a ``ValueError`` if a checkpoint is not of such a model, with what it was given, or no run to resume.
+
+    Args:
+        checkpoint: What is to be loaded.
+        model: The model, before that.
+        shaping: Arguments that must be the checkpoint's, and their values.
+        can_resume: Whether the model can go on with a run.
+    """
+    findings = [*model_findings(checkpoint, model, shaping, can_resume=can_resume)]
+    settle(findings or setting_findings(checkpoint, model))
+
+
+def model_findings(
     checkpoint: Mapping[str, Any], model: LightningModule, shaping: Mapping[str, object], *, can_resume: bool
 ) -> Iterator[Finding]:
     """Say if a checkpoint is of another model, of other values of the arguments that shape it, or no run to resume."""
@@ -47,20 +65,19 @@ def checkpoint_findings(
             )
 
 
-def setting_findings(
-    checkpoint: Mapping[str, Any], pre_processor: object, post_processor: object, default: PostProcessor
-) -> Iterator[Finding]:
+def setting_findings(checkpoint: Mapping[str, Any], model: "AnomalibModule") -> Iterator[Finding]:
     """Say if a checkpoint would overrule settings of the model's components, or has ones that are not taken now."""
     saved = checkpoint.get("anomalib_pre_processor_config")
-    if saved and pre_processor is None:
+    if saved and model.pre_processor is None:
         yield error("the checkpoint has a pre-processor, and the model was given none: leave pre_processor=False out")
     kept_by_0_2 = checkpoint.get("pre_processor_transform")
     if saved and kept_by_0_2 and saved.get("transform", ...) is None:
         yield error(f"the checkpoint is of {kept_by_0_2['name']}, which is not taken any more: train again")
-    settings, usual = checkpoint.get("anomalib_post_processor_config"), default.checkpoint_config()
-    if not settings or not isinstance(post_processor, PostProcessor):
+    settings, given = checkpoint.get("anomalib_post_processor_config"), model.post_processor
+    if not settings or not isinstance(given, PostProcessor):
         return
-    for name, value in post_processor.checkpoint_config().items():
+    usual = cast(PostProcessor, model.configure_post_processor()).checkpoint_config()
+    for name, value in given.checkpoint_config().items():
         kept = settings.get(name, usual.get(name))
         if value not in (usual.get(name, value), kept):
             argument = "model" if name == "reject_rate" else "post_processor"
@@ -70,10 +87,10 @@ def setting_findings(
             )
 
 
-def size_findings(
+def check_image_size(
     model: LightningModule, saved: tuple[int, int] | None, own: tuple[int, int] | None, *, is_given: bool
-) -> Iterator[Finding]:
-    """Say if a checkpoint's pre-processing leaves images of another size than the model's own did.
+) -> None:
+    """Raise a ``ValueError`` if a checkpoint's pre-processing leaves images of another size than the model's own did.
 
     That matters if the size is one that the user has given, or if the trainer keeps the model's own pre-processing:
     anomalib's datamodules have taken over the resizing that the model was made with, and a trainer that has the
@@ -83,7 +100,8 @@ def size_findings(
     keeps_own = trainer is not None and (None in (saved, own) or datamodule_of(trainer) is not None)
     if saved != own and (is_given or keeps_own):
         of, to = ("any number of" if size is None else size for size in (saved, own))
-        yield error(
+        msg = (
             f"the checkpoint is of images of {of} pixels, the model was made for {to}: give --model.image_size, "
             "--model.center_crop_size and --model.pre_processor as in training"
         )
+        raise ValueError(msg)

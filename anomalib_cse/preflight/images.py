@@ -1,6 +1,6 @@
 """Image files: which ones a dataset reads, and what each of them is, told by its header or by all of its pixels."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -164,16 +164,17 @@ def mixed_batches(loaders: Iterable[DataLoader], headers: Mapping[str, Header]) 
             )
 
 
-def loader_findings(loaders: Sequence[DataLoader], *, any_size: bool, whole: str = "") -> list[Finding]:
+def loader_findings(loaders: object, *, any_size: bool, whole: str = "") -> list[Finding]:
     """Return what is found of the images that dataloaders read, for a model of one size or of ``any_size``.
 
     Args:
-        loaders: The dataloaders.
+        loaders: A dataloader, or a list or dictionary of them.
         any_size: Whether images go into the network as they are.
         whole: What to call the images, to have all of them read to their ends; else who reads them later will say
             what cannot be read.
     """
     headers: dict[str, Header] = {}
+    loaders = loaders_in(loaders)
     samples = [sample for loader in loaders for sample in samples_of(loader.dataset)]
     found = read_samples(whole, samples, headers, whole=bool(whole))
     mixed = mixed_batches(loaders, headers) if any_size else ()

@@ -13,7 +13,7 @@ from .sample import FOLDS, TrainingSample, batches
 from .torch_model import CseGaussianModel
 from .variations import varied_features
 
-MOST_VARIED = 16  # images of a fold
+OF_FOLD = 16  # most images of a fold that are scored as variations change them
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def unseen_scores(
         for seen in batches(unseen):
             scored.append(extremes(partial.score(seen.features, seen.images.shape[-2:], seen.inside)))
         for place, kind in enumerate(variations):
-            in_turn = unseen[place : MOST_VARIED : len(variations)]
+            in_turn = unseen[place : OF_FOLD : len(variations)]
             for seen, features in varied_features(model, in_turn, kind, seed, number, place):
                 varied.append(extremes(partial.score(features, seen.images.shape[-2:], seen.inside)))
         paths += [one.path for one in unseen]

@@ -11,7 +11,7 @@ from .moments import Moments
 from .sample import FOLDS, Kept, Seen, batches, draw
 from .torch_model import CseGaussianModel
 
-VARIED = 32  # images, an equal share of them for every kind
+FEWEST_VARIED, MOST_VARIED = 16, 32  # twice as many images as there are are varied, within these bounds
 LIGHT = 0.2  # brightness, contrast and slope: factors of 1 less or more this
 NOISE = 0.02  # standard deviation, of pixels in [0, 1]: 5 of 255 grey values
 BLUR = 1.2  # standard deviation, in pixels
@@ -81,11 +81,12 @@ def change_moments(
 ) -> list[list[Moments]]:
     """Return moments of the change of features by variations, of all positions together, by fold and layer.
 
-    All kinds count alike. Without any the moments are of nothing.
+    All kinds count alike, each with an equal share of the images. Without any the moments are of nothing.
     """
     folds = [[Moments(f.shape[0], device=f.device) for f in kept[0].features] for _ in range(FOLDS)]
+    count = min(max(2 * len(kept), FEWEST_VARIED), MOST_VARIED)
     for number, kind in enumerate(kinds):
-        share = -(-VARIED // len(kinds))
+        share = -(-count // len(kinds))
         images = [kept[place] for place in draw(share, len(kept), seed, Stream.VARIED_IMAGES, number)]
         for seen, features in varied_features(model, images, kind, seed, number):
             for layer, (before, after) in enumerate(zip(seen.features, features, strict=True)):

@@ -65,9 +65,8 @@ def test_every_range_is_of_an_argument():
     assert set(OUT_OF_RANGE) <= {name for model in MODELS.values() for name in inspect.signature(model).parameters}
 
 
-@pytest.mark.parametrize("transform", [None, Resize(64)])
-def test_images_of_different_sizes_are_refused_by_the_papers_model(transform):
-    pre_processor = PreProcessor(transform) if transform else False
+@pytest.mark.parametrize("pre_processor", [PreProcessor(Resize(64)), PreProcessor(), False], ids=str)
+def test_images_of_different_sizes_are_refused_by_the_papers_model(pre_processor):
     with pytest.raises(ValueError, match="needs all images in one size: give image_size"):
         MODELS["Cse"](**UNSIZED, pre_processor=pre_processor)
     assert MODELS["CseGaussian"](**UNSIZED, pre_processor=pre_processor).image_size is None

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from anomalib_cse import Cse, CseGaussian, CseGaussianModel
+from anomalib_cse import CseGaussian, CseGaussianModel
 from anomalib_cse.cse_gaussian.fit import distances
 from anomalib_cse.cse_gaussian.sample import PIXELS, Seen, TrainingSample, in_passes
 from anomalib_cse.cse_gaussian.torch_model import from_border
@@ -234,11 +234,9 @@ def test_images_of_several_sizes_in_one_batch_are_refused(stage, native, strips,
         run[stage]()
 
 
-def test_too_small_an_image_is_refused_and_the_papers_model_takes_one_size(native):
+def test_too_small_an_image_is_refused(native):
     with pytest.raises(ValueError, match=r"images must be at least 8 pixels high and wide.* got \(7, 90\)"):
         native[0].model(torch.rand(1, 3, 7, 90))
-    with pytest.raises(ValueError, match="the model needs all images in one size: give image_size"):
-        Cse(**NATIVE)
 
 
 def test_large_batches_pass_the_backbone_in_parts():

@@ -115,7 +115,7 @@ REFUSED = [
         {"max_steps": 2, "check_val_every_n_epoch": 2},
         "max_steps 2 end in epoch 1, and the first to",
     ),
-    ("Cse", {"check_val_every_n_epoch": 5}, "no epoch of 4 would be validated"),
+    ("Cse", {"check_val_every_n_epoch": 5}, "no epoch of 4 would be validated.* now 5, to at most"),
     ("Cse", {"max_epochs": -1}, "schedule needs to know its end: set max_epochs or max_steps"),
     ("CseGaussian", {"accumulate_grad_batches": 2}, "accumulate_grad_batches: CseGaussian takes no gradient steps"),
     ("CseGaussian", {"gradient_clip_val": 0.1}, "gradient_clip_val: CseGaussian takes no gradient steps"),

@@ -25,7 +25,14 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
 from ..checks import check_fit, check_number, plain
-from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor, transform_of
+from ..deployment import (
+    DeploymentMixin,
+    UnseenScores,
+    choose_post_processor,
+    choose_pre_processor,
+    datamodule_of,
+    transform_of,
+)
 from ..features import pool
 from ..synthesis import KINDS, AnomalySynthesis, Stream, download_textures, generator_for, textures_from
 from .centres import fit_centres, unseen_scores
@@ -199,8 +206,8 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         self.check_unseen(pairing.count_held_out)
         if arguments["decoder"] == "pretrained" and not self.resumes:
             pretrain(self.decoder, copy.deepcopy(self.embedder), pairing, arguments["learning_rate"])
-        data = getattr(self.trainer, "datamodule", None)
-        pairing.caches_validation = pairing.caches and not is_augmented(getattr(data, "val_data", None))
+        validation = getattr(datamodule_of(self.trainer), "val_data", None)
+        pairing.caches_validation = pairing.caches and not is_augmented(validation)
         self.pairing = pairing
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from .findings import Finding, error, warning
+from .images import datasets_of
 
 LABELS = {"pred_label", "pred_mask"}
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
@@ -126,7 +127,7 @@ def no_images(trainer: Trainer, data: AnomalibDataModule) -> Iterator[Finding]:
     """Say if a datamodule has no images to train with, or none to validate with."""
     if not len(data.train_data):
         yield error(f"{data.name} finds no training images of a kind that it reads: give defect-free ones")
-    validation = getattr(data, "val_data", None)
+    validation = datasets_of(data)["val"]
     if trainer.limit_val_batches and not validation:
         yield error(
             f"{data.name} has no validation images, from which thresholds come (val_split_mode is "

@@ -257,7 +257,7 @@ def test_maps_lie_where_the_defect_is_whatever_the_size(size, backbone, dtd, tmp
     (tmp_path / "good").mkdir()
     for number in range(6):
         cv2.imwrite(str(tmp_path / "good" / f"{number}.png"), rng.integers(90, 110, (*size, 3), dtype=np.uint8))
-    options = {"backbone": backbone, "layers": (1, 2), "dtd_dir": str(dtd), "image_size": size}
+    options = {"backbone": backbone, "layers": (1, 2), "dtd_dir": str(dtd), "image_size": size, "variations": []}
     model = CseGaussian(**{**COMMON, **options})
     data = Folder(
         "good", root=tmp_path, normal_dir="good", val_split_mode="none", test_split_mode="none", num_workers=0

@@ -35,7 +35,7 @@ VALUES = {
     "holdout_ratio": (np.float32(0.5), 0.5),
     "image_size": (np.array([64, 72]), [64, 72]),
     "center_crop_size": ((np.int64(48), np.int64(40)), (48, 40)),
-    "roi": (Path("masks"), "masks"),
+    "roi": (Path("mask.png"), None),  # it is among the buffers
     "memory_budget": (np.uint32(2**20), 2**20),
     "reject_rate": (np.float32(0.25), 0.25),
     "seed": (np.int64(3), 3),
@@ -52,9 +52,7 @@ def folder(dtd, tmp_path):
     (tmp_path / "dtd").symlink_to(dtd)
     state = timm.create_model("test_efficientnet").state_dict()
     save_file(state, tmp_path / "weights.safetensors")
-    (tmp_path / "masks").mkdir()
-    for number in range(10):  # of any image of the tiny dataset
-        Image.new("L", (96, 72), 255).save(tmp_path / "masks" / f"{number:03}.png")
+    Image.new("L", (96, 72), 255).save(tmp_path / "mask.png")
     return tmp_path
 
 
@@ -97,6 +95,7 @@ def test_arguments_of_numpy_and_paths_come_back_on_the_engine(name, folder, mvte
 def test_arguments_come_back_on_the_command_line(way, name, folder, mvtec_root):
     arguments = {argument: v.tolist() if hasattr(v, "tolist") else v for argument, v in arguments_of(name, 1).items()}
     arguments = {argument: list(v) if isinstance(v, tuple) else v for argument, v in arguments.items()}
+    arguments |= {"roi": "mask.png"} if "roi" in arguments else {}
     if way == "yaml":
         (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"class_path": name, "init_args": arguments}}))
         model = ["--config", "config.yaml"]

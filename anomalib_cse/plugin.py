@@ -12,6 +12,7 @@ PACKAGES = {
     "anomalib.models": {"Cse": "anomalib_cse.cse", "CseGaussian": "anomalib_cse.cse_gaussian"},
     "anomalib.data": {"MVTec": "anomalib_cse.data", "SurfaceDemo": "anomalib_cse.data"},
 }
+WAITING: dict = {}  # names of rooms, in order
 
 
 class RegistrationFinder:
@@ -66,14 +67,41 @@ def register(package) -> None:  # noqa: ANN001
         raise AttributeError(msg)
 
     package.__getattr__ = __getattr__
+    import_rooms(*modules.values())
+
+
+def import_rooms(*names) -> None:  # noqa: ANN002
+    """Import rooms of this package by their names; if one that they need is being imported, at the end of that.
+
+    A room that is the first to be imported imports anomalib, whose end this is called at.
+    """
+    from importlib import import_module
+
     try:
         require_anomalib()
-        for module in modules.values():
-            import_module(module)
+        for name in names:
+            import_module(name)
     except Exception as error:  # noqa: BLE001  whatever ails this plugin, anomalib must still work
+        if isinstance(error, ImportError) and is_importing():
+            WAITING.update(dict.fromkeys(names))
+            return
         import warnings
 
         warnings.warn(f"anomalib-cse cannot be registered with this anomalib: {error!r}", stacklevel=2)
+
+
+def is_importing() -> bool:
+    """Whether a room of this package has begun to be imported: all end their imports with ``__all__``."""
+    package = __name__.rpartition(".")[0]
+    rooms = [m for name, m in sys.modules.items() if name.rpartition(".")[0] == package and hasattr(m, "__path__")]
+    return any(not hasattr(room, "__all__") for room in rooms)
+
+
+def import_waiting() -> None:
+    """Import the rooms that waited for one to be imported, which calls this at its end."""
+    names = list(WAITING)
+    WAITING.clear()
+    import_rooms(*names)
 
 
 def install() -> None:

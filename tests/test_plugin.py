@@ -12,6 +12,13 @@ TINY = "backbone='test_efficientnet', layers=(2, 3), pre_trained=False"
 NAMES = "print(m.Cse.__name__, m.CseGaussian.__name__, d.MVTec.__name__, d.SurfaceDemo.__name__)"
 THEN = f"import anomalib.models as m, anomalib.data as d\n{NAMES}"
 ALL = "Cse CseGaussian MVTec SurfaceDemo"
+ROOMS = ("cse", "cse_gaussian", "data", "deployment", "features", "preflight", "report", "synthesis")
+RECORD = "import warnings\nwith warnings.catch_warnings(record=True) as caught:\n"
+SUBCLASSES = f"""
+from anomalib.models import list_models
+print([w for w in caught if "cannot be registered" in str(w.message)], {{"cse", "cse_gaussian"}} <= set(list_models()))
+{THEN}
+"""
 KNOWN = f"""
 from anomalib.models import get_model, list_models
 from anomalib.data import get_datamodule
@@ -62,7 +69,10 @@ PROGRAMS = {  # what each is, its code, what it prints
     ),
     "after our models": (f"from anomalib_cse import Cse, CseGaussianModel\n{THEN}", ALL),
     "after our data": (f"from anomalib_cse.data import SurfaceDemo\n{THEN}", ALL),
-    "after one room": (f"import anomalib_cse.cse_gaussian\n{THEN}", ALL),
+    **{
+        f"after our {room}": (f"{RECORD}    import anomalib_cse.{room}\n{SUBCLASSES}", f"[] True {ALL}")
+        for room in ROOMS
+    },
     "after anomalib's data": (f"import anomalib.data\n{THEN}", ALL),
     "after the engine": (f"from anomalib.engine import Engine\n{THEN}", ALL),
     "older anomalib refused by number": (

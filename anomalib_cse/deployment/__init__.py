@@ -1,5 +1,6 @@
 """What makes a model deployable: exact pre-processing, thresholds, whole checkpoints, export with equal scores."""
 
+from ..plugin import import_waiting
 from ..preflight import datamodule_of, transform_of
 from .comparison import compare_good_images
 from .good_scores import UnseenScores, extremes
@@ -19,3 +20,5 @@ __all__ = [
     "fixed_size",
     "transform_of",
 ]
+
+import_waiting()

@@ -8,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from ..plugin import import_waiting
 from .batches import BatchCheck
 from .checkpoint import check_checkpoint, check_image_size
 from .dataset import inspect
@@ -100,3 +101,6 @@ def data_findings(
         loaders = [loader for part in parts for loader in loaders_in(getattr(data, f"{part}_dataloader")())]
         findings += mixed_batches(loaders, headers)
     return summary, findings
+
+
+import_waiting()

@@ -60,8 +60,14 @@ def test_a_planted_outlier_is_suspected_and_few_others_are():
 def test_threshold_is_of_images_as_they_are_and_as_they_are_varied():
     scores, varied = torch.tensor([1.0, 2, 4, 8, 16]), torch.tensor([3.0, 5, 9])
     good = GoodScores.of(scores, varied)
-    logs = np.log([1, 2, 4, 8, 16, 3, 5, 9])
-    assert good == pytest.approx((5, logs.mean(), logs.std(ddof=1)))
+    logs = [np.log([1, 2, 4, 8, 16]), np.log([3, 5, 9])]
+    draws = np.random.default_rng(0).choice(2, 400_000)  # of a mixture in equal parts
+    mixed = np.where(
+        draws, *(np.random.default_rng(n).normal(p.mean(), p.std(ddof=1), 400_000) for n, p in enumerate(logs))
+    )
+    assert good == pytest.approx((5, mixed.mean(), mixed.std()), rel=0.01)
+    twice = GoodScores.of(scores.repeat(1000), varied.repeat(1000))
+    assert GoodScores.of(scores.repeat(1000), varied.repeat(500)) == pytest.approx(twice, rel=1e-3)
     post_processor = MidwayPostProcessor(0.1)
     post_processor.learn(UnseenScores(scores, 2 * scores, list("abcde"), torch.stack([varied, 3 * varied])))
     assert post_processor.image_threshold.item() == pytest.approx(good.threshold(0.1))

@@ -21,6 +21,11 @@ FEWEST_CORRUPTED, MOST_CORRUPTED = 16, 128  # as many images as there are get sy
 ROUNDING = 1e-12  # share of a second moment that is no variance
 LEAST_OWN = 0.1  # share of a covariance that a position's own images must have in it; of less, all positions share one
 
+NOTHING_STANDS_OUT = (
+    "no synthetic defect stands out from clean images in layer {}: leave it out of layers, or give other kinds of "
+    "defects or textures (defects, dtd_dir), or fewer variations"
+)
+
 
 class Fit(NamedTuple):
     """What a model was fitted by, beside the sample: moments of defects and of variations, and what positions share.
@@ -56,6 +61,8 @@ def fit(
     changes = change_moments(model, sample.kept, variations, seed)
     pooled = [m.pooled() for m in sample.moments]
     factors = fit_directions(model, pooled, over_folds(defects), over_folds(changes))
+    if useless := without_evidence(model.backbone.levels, factors):
+        rank_zero_warn(f"{NOTHING_STANDS_OUT.format(', '.join(useless))}; it counts for nothing")
     model.image_size.copy_(torch.tensor(sample.kept[0].image.shape[-2:]))
     strengths = [strength_of(*of_layer) for of_layer in zip(model.maps, sample.moments, strict=True)]
     fit_covariances(model, sample.moments, factors, strengths, batches(sample.kept))
@@ -89,22 +96,15 @@ def fit_directions(
         gaussian.set("directions", directions)
         gaussian.set("mean", clean.mean)
         factors.append(evidence(ratios))
-    check_evidence(model.backbone.levels, factors)
+    useless = without_evidence(model.backbone.levels, factors)
+    if len(useless) == len(factors):
+        raise ValueError(NOTHING_STANDS_OUT.format(", ".join(useless)))
     return factors
 
 
-def check_evidence(levels: Sequence[int], factors: Sequence[Tensor]) -> None:
-    """Warn of layers in which no defect stands out, which count for nothing; raise a ``ValueError`` if all are such."""
-    useless = [str(level) for level, factor in zip(levels, factors, strict=True) if not factor.any()]
-    if not useless:
-        return
-    found = (
-        f"no synthetic defect stands out from clean images in layer {', '.join(useless)}: leave it out of layers, or "
-        "give other kinds of defects or textures (defects, dtd_dir), or fewer variations"
-    )
-    if len(useless) == len(levels):
-        raise ValueError(found)
-    rank_zero_warn(f"{found}; it counts for nothing")
+def without_evidence(levels: Sequence[int], factors: Sequence[Tensor]) -> list[str]:
+    """Return the layers in which no defect stands out, which count for nothing."""
+    return [str(level) for level, factor in zip(levels, factors, strict=True) if not factor.any()]
 
 
 def check_moments(level: int, clean: Moments, defects: Moments) -> None:

@@ -61,7 +61,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         center_crop_size: Height and width cropped out of that.
         roi: Region of interest: a mask image, bright where to look.
         memory_budget: Most bytes of sums, images and features that are kept of the training images, but 24 images at
-            least; features of 64 corrupted ones come on top.
+            least.
         reject_rate: Share of good images to be called anomalous, in (0, 0.5]: the thresholds come from training images,
             each scored by a fit without it. ``None`` takes the best F1 on the validation images, or 0.01 if none of
             them has a defect.
@@ -226,12 +226,23 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         self.share_fitted()
 
     def unseen_scores(self) -> UnseenScores | None:
-        """Score the sampled training images by cross-validation; ``None`` if there are too few."""
-        scores = None
+        """Score the sampled training images by cross-validation; ``None`` if there are too few.
+
+        Raises:
+            ValueError: If a fit to some of them fails, in every process.
+        """
+        scores, failure = None, ""
         run, self.run = self.run, None
         if run is not None and run.fitted is not None and run.sample.count >= FOLDS:
-            scores = unseen_scores(self.model, run.sample, run.fitted, self.hparams["variations"], self.effective_seed)
-        return self.trainer.strategy.broadcast(scores)
+            kinds, seed = self.hparams["variations"], self.effective_seed
+            try:
+                scores = unseen_scores(self.model, run.sample, run.fitted, kinds, seed)
+            except ValueError as error:  # the other processes wait for what comes next
+                failure = str(error)
+        scores, failure = self.trainer.strategy.broadcast((scores, failure))
+        if failure:
+            raise ValueError(failure)
+        return scores
 
     def on_fit_end(self) -> None:
         """Let go of the training images."""

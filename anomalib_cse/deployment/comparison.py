@@ -41,7 +41,7 @@ class Comparison(NamedTuple):
 
     def __str__(self) -> str:
         """Say it in a sentence."""
-        verdict = "the threshold does not fit them" if self.has_moved else "no more than chance"
+        verdict = "the threshold does not fit them" if self.has_moved else "no higher than chance explains"
         return (
             f"Of {self.number} new good images {100 * self.measured:.3g} % are rejected, {100 * self.expected:.3g} % "
             f"expected; their scores have moved by {self.shift:+.1f} deviations: {verdict}."

@@ -66,7 +66,7 @@ class GoodScores(NamedTuple):
     Attributes:
         number: Of images, at least 2.
         mean: Of the logarithms.
-        deviation: Of the logarithms, with ``number - 1`` in the denominator.
+        deviation: Of the logarithms, with one less than their number in the denominator.
     """
 
     number: int
@@ -75,12 +75,14 @@ class GoodScores(NamedTuple):
 
     @classmethod
     def of(cls, scores: Tensor, varied: Tensor | None = None) -> "GoodScores":
-        """Return the spread of scores ``(N,)`` in [0, inf), and of those of the same images as they are ``varied``.
+        """Return the spread of scores ``(N,)`` in [0, inf), or of an equal mixture with those of ``varied`` ones.
 
-        These spread the scores, and make no more images of them.
+        However many these are: they are some of the same images, and tell no more about how many there are.
         """
-        logs = logarithms(scores if varied is None else torch.cat([scores, varied]))
-        return cls(len(scores), float(logs.mean()), max(float(logs.std()), ALIKE))
+        parts = [logarithms(part) for part in (scores, varied) if part is not None and len(part)]
+        means, variances = (torch.stack(found) for found in zip(*((p.mean(), p.var()) for p in parts), strict=True))
+        variance = variances.mean() + means.var(correction=0)
+        return cls(len(scores), float(means.mean()), max(float(variance.sqrt()), ALIKE))
 
     def deviations(self, rate: float) -> float:
         """Return how many deviations above the mean another image's score is with a probability of ``rate``."""

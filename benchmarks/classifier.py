@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomalib_cse import Cse, CseModel
-from anomalib_cse.cse.pairs import Pairs
 from anomalib_cse.cse.torch_model import Embedder
+from anomalib_cse.cse.training_pairs import Pairs
 from anomalib_cse.features import pool, resize
 
 OF_THE_NETWORK = ("backbone", "layers", "pre_trained", "weights", "embedding_dim", "pool_size")

@@ -222,7 +222,7 @@ def test_trade_off_is_of_sets_that_all_models_have(tmp_path, monkeypatch):
 
 
 def test_binary_classifier_is_trained_with_the_cross_entropy_of_all_images():
-    from anomalib_cse.cse.pairs import Pairs
+    from anomalib_cse.cse.training_pairs import Pairs
 
     from classifier import BinaryClassifier
 

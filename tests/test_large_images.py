@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_cse import CseGaussian, CseGaussianModel
 from anomalib_cse.cse_gaussian.fit import distances
-from anomalib_cse.cse_gaussian.sample import PIXELS, Seen, TrainingSample, in_passes
+from anomalib_cse.cse_gaussian.sample import PIXELS, SampledBatch, TrainingSample, in_passes
 from anomalib_cse.cse_gaussian.torch_model import from_border
 from anomalib_cse.features import FrozenBackbone
 from anomalib_cse.report.pictures import Pictures, folded
@@ -107,7 +107,7 @@ def test_distances_at_positions_of_images_of_several_sizes_equal_a_naive_loop():
         for name in ("mean", "directions", "roots"):
             gaussian.set(name, torch.rand_like(getattr(gaussian, name)))
     images = [torch.rand(2, 3, *size) for size in ((64, 88), (48, 128))]
-    seen = [Seen(part, model.smoothed_features(part)) for part in images]
+    seen = [SampledBatch(part, model.smoothed_features(part)) for part in images]
     for layer, (total, weight) in enumerate(distances(model, seen)):
         maps = [model.maps[layer].distances(part.features[layer])[:, 0].numpy() for part in seen]
         expected, counts = np.zeros((8, 16)), np.zeros((8, 16))  # of the largest height and width

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset, Subset
 
 from ..deployment import UnseenScores, extremes
 from ..synthesis import Stream, generator_for
-from .pairs import Pairing, paths_of
 from .torch_model import CseModel
+from .training_pairs import Pairing, paths_of
 
 MOST_CLUSTERED = 8192  # images for k-means, drawn at random beyond that, so that memory is bounded
 

@@ -38,9 +38,9 @@ from ..synthesis import KINDS, AnomalySynthesis, Stream, download_textures, gene
 from .centres import fit_centres, unseen_scores
 from .hold_out import HoldOut, is_augmented
 from .loss import CseLoss, decoder_loss
-from .pairs import Pairing, Pairs
 from .resuming import ResumingMixin
 from .torch_model import CseModel, Decoder, Embedder
+from .training_pairs import Pairing, Pairs
 
 DEFAULT_EPOCHS = 100  # Section 4.1
 DECODERS = ("random", "joint", "pretrained", "none")  # Table 5

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..synthesis import AnomalySynthesis, Stream, generator_for
 from .moments import Moments
-from .sample import BATCH, FOLDS, Kept, batches, draw, in_one_pass
+from .sample import BATCH, FOLDS, SampledImage, batches, draw, in_one_pass
 from .torch_model import CseGaussianModel, cover
 
 
 class Corrupted(NamedTuple):
-    """B images with synthetic defects: features of each layer, the defects' masks ``(B, 1, H, W)``, and as in Seen."""
+    """B images with synthetic defects, whose masks are ``(B, 1, H, W)``; the rest is as in a sampled batch."""
 
     features: list[Tensor]
     masks: Tensor
@@ -22,7 +22,7 @@ class Corrupted(NamedTuple):
 
 
 def corrupted_features(
-    model: CseGaussianModel, kept: Sequence[Kept], synthesis: AnomalySynthesis, count: int, seed: int
+    model: CseGaussianModel, kept: Sequence[SampledImage], synthesis: AnomalySynthesis, count: int, seed: int
 ) -> Iterator[Corrupted]:
     """Give the features of so many sampled images with synthetic defects, and the defects' masks."""
     drawn = [kept[place] for place in draw(count, len(kept), seed, Stream.DEFECTIVE_IMAGES)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..synthesis import AnomalySynthesis
 from .defects import corrupted_features, defect_moments
 from .moments import RIDGE, Moments, contrastive_directions, evidence, inverse_root, prior_strength
-from .sample import Seen, TrainingSample, batches
+from .sample import SampledBatch, TrainingSample, batches
 from .torch_model import CseGaussianModel, GaussianMap, from_border
 from .variations import change_moments
 
@@ -157,7 +157,7 @@ def fit_covariances(
     moments: Sequence[Moments],
     factors: Sequence[Tensor],
     strengths: Sequence[float],
-    shown: Iterable[Seen],
+    shown: Iterable[SampledBatch],
 ) -> None:
     """Fit covariances, scales, and the layers' weights.
 
@@ -185,7 +185,7 @@ def fit_covariances(
     model.layer_weights.copy_((dimensions / dimensions.sum()).view(1, -1, 1, 1))
 
 
-def distances(model: CseGaussianModel, shown: Iterable[Seen]) -> list[tuple[Tensor, Tensor]]:
+def distances(model: CseGaussianModel, shown: Iterable[SampledBatch]) -> list[tuple[Tensor, Tensor]]:
     """Return sums of the distances at every position ``(h, w)``, and how much they are of, of each layer.
 
     Where images differ in size, positions are those of the largest height and the largest width: see

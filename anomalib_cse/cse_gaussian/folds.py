@@ -20,10 +20,10 @@ OF_FOLD = 16  # most images of a fold that are scored as variations change them
 def unseen_scores(
     model: CseGaussianModel, sample: TrainingSample, fitted: Fit, variations: Sequence[str], seed: int
 ) -> UnseenScores:
-    """Score the sampled images, each fold by a fit to all other images and to what was drawn into these.
+    """Score the images of each fold by a fit to the other folds: to their features, defects and variations.
 
-    How much positions share stays as it is. Some images are scored as variations change them, too, each by one of the
-    kinds in turn. The sample's sums are used up, as those here take their place.
+    The strengths stay those of the whole fit. Some images of a fold are scored once more, each changed by one of the
+    variations in turn. The sample has no sums afterwards: memory is enough for one set of them.
     """
     partial = copy.deepcopy(model, {id(model.backbone): model.backbone})  # which features have passed already
     moments, sample.moments = sample.moments, []

@@ -18,7 +18,7 @@ PIXELS = BATCH * 2**18  # of a pass, whose memory grows with them
 FOLDS = 5  # of cross-validation
 
 
-class Seen(NamedTuple):
+class SampledBatch(NamedTuple):
     """B images of one size: pixels, features, and where to look.
 
     ``images`` are ``(B, 3, H, W)``, ``features`` of each layer ``(B, C, h, w)``; ``inside`` ``(B, 1, H, W)`` is the
@@ -38,8 +38,8 @@ class Seen(NamedTuple):
         return cover(self.inside, features.shape[-2:])[:, 0].to(features)
 
 
-class Kept(NamedTuple):
-    """A sampled image, as in :class:`Seen` but without the first dimension, and its path, or ``""``."""
+class SampledImage(NamedTuple):
+    """A sampled image, as in :class:`SampledBatch` but without the first dimension, and its path, or ``""``."""
 
     image: Tensor
     features: list[Tensor]
@@ -53,7 +53,7 @@ def in_one_pass(size: Sequence[int]) -> int:
     return max(1, PIXELS // (size[0] * size[1]))
 
 
-def batches(kept: Sequence[Kept]) -> Iterator[Seen]:
+def batches(kept: Sequence[SampledImage]) -> Iterator[SampledBatch]:
     """Give sampled images in batches of one size, in order."""
     for shape, group in groupby(kept, key=lambda one: one.image.shape):
         same = list(group)
@@ -61,7 +61,7 @@ def batches(kept: Sequence[Kept]) -> Iterator[Seen]:
         for start in range(0, len(same), most):
             images, features, inside, _, folds = zip(*same[start : start + most], strict=True)
             layers = [torch.stack(layer) for layer in zip(*features, strict=True)]
-            yield Seen(torch.stack(images), layers, None if inside[0] is None else torch.stack(inside), folds)
+            yield SampledBatch(torch.stack(images), layers, None if inside[0] is None else torch.stack(inside), folds)
 
 
 def in_passes(images: Tensor, inside: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
@@ -88,33 +88,33 @@ class TrainingSample:
     """
 
     def __init__(self, memory_budget: int, generator: Generator, *, has_positions: bool = True) -> None:
-        self.room = memory_budget
+        self.bytes_left = memory_budget
         self.generator = generator
         self.count = 0  # of images that have been added
         self.moments: list[Moments] = []  # of each layer, of every position or of all together
-        self.kept: list[Kept] = []
-        self.most = 0  # images to keep
+        self.kept: list[SampledImage] = []
+        self.capacity = 0  # images to keep
         self.has_positions = has_positions
 
     def begin(self, features: Sequence[Tensor]) -> None:
         """Decide whether moments of every position fit the memory, by the features of an image ``(C, h, w)``."""
         needed = sum(8 * f.shape[1] * f.shape[2] * f.shape[0] ** 2 for f in features)
-        if self.has_positions and 2 * needed > self.room:
+        if self.has_positions and 2 * needed > self.bytes_left:
             self.has_positions = False
             rank_zero_info(
                 f"Covariances for every position would take {needed / 2**20:.0f} MiB, more than half of memory_budget: "
                 "all positions get one."
             )
         if self.has_positions:
-            self.room -= needed
+            self.bytes_left -= needed
         self.moments = [Moments(f.shape[0], f.shape[1:] if self.has_positions else (), f.device) for f in features]
 
     def limit(self, image_bytes: int) -> None:
         """Keep no more images than there is room for, if all had so many bytes."""
-        most = max(FEWEST_KEPT, self.room // image_bytes)
-        self.most = min(self.most, most) if self.most else most
-        if len(self.kept) > self.most:
-            places = torch.randperm(len(self.kept), generator=self.generator)[: self.most]
+        most = max(FEWEST_KEPT, self.bytes_left // image_bytes)
+        self.capacity = min(self.capacity, most) if self.capacity else most
+        if len(self.kept) > self.capacity:
+            places = torch.randperm(len(self.kept), generator=self.generator)[: self.capacity]
             self.kept = [self.kept[place] for place in sorted(places.tolist())]
 
     def add(
@@ -131,9 +131,9 @@ class TrainingSample:
         """
         if not self.count:
             self.begin([f[0] for f in features])
-        kept_of_each = (images, *features) if inside is None else (images, inside, *features)
-        self.limit(sum(values.nbytes for values in kept_of_each) // len(images))
-        seen = Seen(images, list(features), inside)
+        of_batch = (images, *features) if inside is None else (images, inside, *features)
+        self.limit(sum(values.nbytes for values in of_batch) // len(images))
+        seen = SampledBatch(images, list(features), inside)
         for layer, (moments, f) in enumerate(zip(self.moments, features, strict=True)):
             moments.add_maps(f, seen.weights(layer))
         names = paths or [""] * len(images)
@@ -144,12 +144,12 @@ class TrainingSample:
     def keep(self, path: str, inside: Tensor | None, image: Tensor, *features: Tensor) -> None:
         """Sample an image, all having the same chance (reservoir sampling, algorithm R)."""
         self.count += 1
-        full = len(self.kept) >= self.most
+        full = len(self.kept) >= self.capacity
         place = int(torch.randint(self.count, (), generator=self.generator)) if full else len(self.kept)
-        if place < self.most:
+        if place < self.capacity:
             # clones, as a view would keep the whole batch in memory
             region, own = None if inside is None else inside.clone(), [f.clone() for f in features]
-            self.kept[place : place + 1] = [Kept(image.clone(), own, region, path, place % FOLDS)]
+            self.kept[place : place + 1] = [SampledImage(image.clone(), own, region, path, place % FOLDS)]
 
     def sum_over_processes(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Add up the sums of several processes, by a function that sums a tensor over them; samples stay their own."""

@@ -81,7 +81,7 @@ def positions_inside(inside: Tensor, stride: int) -> Tensor:
     return positions
 
 
-def nearest(mask: Tensor, size: Sequence[int]) -> Tensor:
+def resized_mask(mask: Tensor, size: Sequence[int]) -> Tensor:
     """Resize a mask ``(h, w)`` to a height and width by its nearest pixels."""
     for axis, (known, length) in enumerate(zip(mask.shape, size, strict=True)):
         mask = mask.index_select(axis, (2 * torch.arange(length, device=mask.device) + 1) * known // (2 * length))
@@ -229,7 +229,7 @@ class CseGaussianModel(DynamicBufferMixin):
         """Return where to look in images of a height and width, ``(1, 1, H, W)``; ``None`` for all of them."""
         if not self.roi.numel():
             return None
-        return nearest(self.roi, size)[None, None]
+        return resized_mask(self.roi, size)[None, None]
 
     def blanked(self, images: Tensor, inside: Tensor) -> Tensor:
         """Return images that have the colour outside that the backbone takes for the mean, whatever they show there."""

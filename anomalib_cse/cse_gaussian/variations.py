@@ -8,7 +8,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from ..synthesis import Stream, generator_for
 from .moments import Moments
-from .sample import FOLDS, Kept, Seen, batches, draw
+from .sample import FOLDS, SampledBatch, SampledImage, batches, draw
 from .torch_model import CseGaussianModel
 
 FEWEST_VARIED, MOST_VARIED = 16, 32  # twice as many images as there are are varied, within these bounds
@@ -66,8 +66,8 @@ def varied(images: Tensor, kind: str, generator: Generator) -> Tensor:
 
 
 def varied_features(
-    model: CseGaussianModel, images: Sequence[Kept], kind: str, *numbers: int
-) -> Iterator[tuple[Seen, list[Tensor]]]:
+    model: CseGaussianModel, images: Sequence[SampledImage], kind: str, *numbers: int
+) -> Iterator[tuple[SampledBatch, list[Tensor]]]:
     """Give batches of sampled images, and their features once they are changed; the numbers decide how."""
     done = 0
     for seen in batches(images):
@@ -77,7 +77,7 @@ def varied_features(
 
 
 def change_moments(
-    model: CseGaussianModel, kept: Sequence[Kept], kinds: Sequence[str], seed: int
+    model: CseGaussianModel, kept: Sequence[SampledImage], kinds: Sequence[str], seed: int
 ) -> list[list[Moments]]:
     """Return moments of the change of features by variations, of all positions together, by fold and layer.
 

@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 
 from anomalib_cse.cse.hold_out import HoldOut
-from anomalib_cse.cse.pairs import Pairing, draw_partners
+from anomalib_cse.cse.training_pairs import Pairing, draw_partners
 from anomalib_cse.features import FeatureCache
 from anomalib_cse.synthesis import AnomalySynthesis
 

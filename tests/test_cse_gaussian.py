@@ -147,6 +147,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.linux
 @torch.no_grad()
 def test_the_process_grows_by_the_images_that_are_kept():
     model = CseGaussianModel("tf_efficientnet_lite0", pre_trained=False)

@@ -124,6 +124,7 @@ def printed():
     return dict(zip((*PROGRAMS, *TURNED_OFF), outputs, strict=True))
 
 
+@pytest.mark.linux
 @pytest.mark.parametrize(("name", "expected"), [(name, said) for name, (_, said) in (PROGRAMS | TURNED_OFF).items()])
 def test_registration(name, expected, printed):
     assert printed[name].split() == expected.split()

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,18 +17,39 @@ OVERSHOOT = 0.2  # how far bicubic resizing, which users' transforms may do, lea
 
 
 def plain(value: Any) -> Any:
-    """Return Python's own value for one of NumPy's or torch's, and for a path: no other can be loaded again."""
+    """Return Python's own value for a subclass of its types, and one of NumPy's or torch's: no other can be loaded.
+
+    That is text for paths, ``int`` for whole numbers, ``float`` for others, such as fractions; in lists and such, too.
+    What is none of these is returned as it is.
+    """
     if isinstance(value, np.ndarray | np.generic | Tensor):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
+        value = value.tolist()
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)  # a subclass, or an enumeration, may print as something else
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real | Decimal):
+        return float(value)
     if isinstance(value, tuple):
         return tuple(map(plain, value))
     if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return {plain(name): plain(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return list(map(plain, value))
     return value
+
+
+def check_plain(values: Mapping[str, object]) -> None:
+    """Raise a ``ValueError`` if an argument, by its name, has another value than :func:`plain` makes of one."""
+    for name, value in values.items():
+        items = list(value) if type(value) in (list, tuple) else [value]  # type: ignore[call-overload]
+        if any(item is not None and type(item) not in (bool, int, float, str) for item in items):
+            msg = f"{name} must be text, a number, True, False, None or a list of these, got {value!r}"
+            raise ValueError(msg)
 
 
 def is_within(value: object, interval: str, *, whole: bool = False) -> bool:

@@ -84,7 +84,7 @@ class Contender:
         Raises:
             ValueError: If neither says so.
         """
-        epochs = model.trainer_arguments.get("max_epochs", self.max_epochs)
+        epochs = 1 if isinstance(model, CseGaussian) else model.trainer_arguments.get("max_epochs", self.max_epochs)
         if epochs is None:
             msg = f"{self.name}: give max_epochs, as {self.class_path} knows no number itself"
             raise ValueError(msg)

@@ -1,9 +1,13 @@
 """Arguments outside their range: the constructor says which, what is allowed and what it was given."""
 
+import enum
 import inspect
 import math
 import re
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -135,3 +139,82 @@ def test_weights_are_those_of_the_file(model, tmp_path):
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     model = model(**WEIGHTED, weights=tmp_path / "model.safetensors")
     assert torch.equal(model.model.backbone.net.conv_stem.weight, network.conv_stem.weight)
+
+
+class Text(str):
+    """Text that is printed as something else."""
+
+    __slots__ = ()
+
+    def __str__(self):
+        return "something else"
+
+
+class Kind(enum.StrEnum):
+    BLUR = "blur"
+    JOINT = "joint"
+
+
+class Number(enum.IntEnum):
+    TWO = 2
+    SIZE = 64
+
+
+UNUSUAL = {  # values that work as arguments, and what they are
+    "backbone": (Text("test_efficientnet"), "test_efficientnet"),
+    "layers": ([Number.TWO, np.int64(3)], [2, 3]),
+    "pre_trained": (np.False_, False),
+    "embedding_dim": (Number.SIZE, 64),
+    "pool_size": (np.int64(2), 2),
+    "num_centres": (Number.TWO, 2),
+    "decoder": (Kind.JOINT, "joint"),
+    "contrast_weight": (Fraction(5, 2), 2.5),
+    "dtd_dir": (Text("builtin"), "builtin"),
+    "download_dtd": (np.False_, False),
+    "defects": ([Kind.BLUR, np.str_("textural")], ["blur", "textural"]),
+    "variations": ((Kind.BLUR, Text("light")), ("blur", "light")),
+    "learning_rate": (Decimal("0.0004"), 0.0004),
+    "holdout_ratio": (np.float32(0.25), 0.25),
+    "image_size": ([Number.SIZE, np.int32(64)], [64, 64]),
+    "center_crop_size": (torch.tensor([48, 48]), [48, 48]),
+    "roi": (None, None),  # not saved
+    "memory_budget": (np.uint8(200), 200),
+    "reject_rate": (Fraction(1, 4), 0.25),
+    "seed": (Number.TWO, 2),
+    "report": (np.False_, False),
+}
+
+
+@both
+def test_unusual_types_are_saved_as_pythons_own_and_load(model, tmp_path):
+    names = set(inspect.signature(model).parameters) - OTHERS
+    built = model(**{name: UNUSUAL[name][0] for name in names})
+    assert all(built.hparams[name] == UNUSUAL[name][1] for name in names)
+    checkpoint = {"hyper_parameters": dict(built.hparams), "state_dict": built.state_dict(), "epoch": 0}
+    built.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "model.ckpt")
+    loaded = torch.load(tmp_path / "model.ckpt", weights_only=True)["hyper_parameters"]
+    assert all(loaded[name] == UNUSUAL[name][1] for name in names - {"backbone", "layers"})
+
+
+@both
+def test_layers_may_be_named_by_a_subclass_of_text(model):
+    named = model(**{**COMMON, "layers": [Text("blocks.2"), np.str_("blocks.4")]})
+    assert named.backbone.levels == model(**{**COMMON, "layers": ["blocks.2", "blocks.4"]}).backbone.levels
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("dtd_dir", b"builtin"), ("defects", {"blur"}), ("weights", b"x"), ("roi", object())], ids=str
+)
+def test_values_that_no_checkpoint_may_hold_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        MODELS["CseGaussian"](**{**COMMON, name: value})
+
+
+def test_argument_of_a_models_subclass_that_no_checkpoint_may_hold_is_refused():
+    class Own(MODELS["CseGaussian"]):
+        def __init__(self, own, **options):
+            super().__init__(**options)
+
+    with pytest.raises(ValueError, match=r"own must be text, a number, True, False, None or a list .*, got \{1\}"):
+        Own({1}, **COMMON)

@@ -212,6 +212,38 @@ def test_resuming_to_another_end_is_refused(epochs, batch_size, steps, broken, f
         fit(tmp_path, epochs=epochs, ckpt_path=broken, data=data)
 
 
+OTHERS = {
+    "contrast_weight": 1.0,
+    "learning_rate": 1e-2,
+    "holdout_ratio": 0.5,
+    "defects": ["blur"],
+    "dtd_dir": "builtin",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_resuming_with_another_argument_is_refused(name, broken, fit, mvtec_root, tmp_path):
+    with pytest.raises(ValueError, match=rf"the checkpoint is of {name} .*, the model has .*--model\.{name}"):
+        fit(tmp_path, ckpt_path=broken, **{name: OTHERS[name]})
+    model = Cse(**{**COMMON, name: OTHERS[name]})  # to score, it does not matter
+    good = mvtec_root / "tiny" / "test" / "good"
+    Engine(default_root_dir=tmp_path, **QUIET).predict(model, data_path=good, ckpt_path=broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_clip_val": 0.1}, "gradient_clip_val None and is now given gradient_clip_val 0.1"),
+        ({"precision": "bf16-mixed"}, "precision 32-true and is now given precision bf16-mixed"),
+    ],
+    ids=str,
+)
+def test_resuming_with_another_setting_of_the_trainer_is_refused(options, message, broken, mvtec_root, dtd, tmp_path):
+    engine = Engine(default_root_dir=tmp_path, max_epochs=EPOCHS, **options, **QUIET)
+    with pytest.raises(ValueError, match=f"the run to resume was given {message}: set it as it was"):
+        engine.fit(Cse(**COMMON, dtd_dir=dtd), datamodule=data_of(mvtec_root), ckpt_path=broken)
+
+
 class FullDisk(Callback):
     """From the third epoch on no file can grow beyond some kilobytes, as on a full disk."""
 

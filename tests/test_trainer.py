@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 from anomalib.engine import Engine
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.metrics import AUROC, Evaluator
 from anomalib.models import Padim
 from anomalib.post_processing import PostProcessor
@@ -283,13 +284,87 @@ def test_models_with_a_users_own_parts_leave_an_engine_as_they_found_it(mvtec_ro
     for own in (True, False):
         for name in ("CseGaussian", "Padim", "Cse", "CseGaussian"):
             models.append(new(name, own=own))
-            # of anomalib's own models one engine fits no more epochs than max_epochs, of whatever models
+            # an engine that has fitted one of anomalib's own models is refused
             (engine() if name == "Padim" else shared).fit(models[-1], datamodule=data_of(mvtec_root))
     for model in (*models, *models[::-1]):
         assert scores(shared, model) == scores(engine(), model)
     for model in models:
         if isinstance(model.visualizer, OwnVisualizer) and not isinstance(model, Padim):  # whose callbacks stay
             assert model.visualizer.models == {model}
+
+
+def test_model_after_others_on_an_engine_is_the_one_that_a_new_engine_gives(mvtec_root, dtd, tmp_path):
+    def fitted(engine, *names):
+        for name in names:
+            model = MODELS[name](**COMMON, dtd_dir=str(dtd), visualizer=False)
+            engine.fit(model, datamodule=data_of(mvtec_root, train_batch_size=3))
+        return model.state_dict()
+
+    def engine(folder):
+        return Engine(default_root_dir=tmp_path / folder, max_epochs=3, **QUIET)
+
+    alone = {name: fitted(engine(name), name) for name in MODELS}
+    shared = engine("shared")
+    for order in (("CseGaussian", "Cse"), ("CseGaussian",), ("Cse", "Cse")):
+        found = fitted(shared, *order)
+        assert all(torch.equal(value, found[name]) for name, value in alone[order[-1]].items())
+        assert shared.trainer.max_epochs == 3
+
+
+def test_default_of_100_epochs_holds_after_a_model_of_one_and_after_a_fit_that_failed(mvtec_root, dtd, tmp_path):
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    for name in ("CseGaussian", "Cse"):
+        with pytest.raises(FileNotFoundError, match="dtd_dir"):
+            engine.fit(MODELS[name](**COMMON, dtd_dir=str(tmp_path / "none")), datamodule=data_of(mvtec_root))
+    engine.fit(MODELS["CseGaussian"](**COMMON, dtd_dir=str(dtd)), datamodule=data_of(mvtec_root))
+
+    class Stop(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.found = trainer.max_epochs
+            trainer.should_stop = True
+
+    engine.trainer.callbacks.append(stop := Stop())
+    with pytest.raises(RuntimeError, match="nothing has been fitted"):
+        engine.fit(MODELS["Cse"](**COMMON, dtd_dir=str(dtd)), datamodule=data_of(mvtec_root))
+    assert stop.found == 100
+
+
+@pytest.mark.parametrize("use", ["fit", "predict"])
+def test_engine_of_another_model_is_refused_as_its_numbers_are_lost(use, mvtec_root, trained, tmp_path):
+    size = PreProcessor(Resize((64, 64)))
+    padim = Padim("test_resnet", ["layer1"], pre_trained=False, n_features=8, pre_processor=size, visualizer=False)
+    engine, data = Engine(default_root_dir=tmp_path, max_epochs=4, **QUIET), data_of(mvtec_root)
+    if use == "fit":
+        engine.fit(padim, datamodule=data)
+    else:
+        with pytest.raises(RuntimeError, match="size of tensor"):  # it is not fitted, but its arguments are there
+            engine.predict(padim, data_path=mvtec_root / "tiny" / "test" / "good")
+    engine.predict(trained["Cse"][0], data_path=mvtec_root / "tiny" / "test" / "good")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"for another model .*PreProcessor.* count for Cse: take a new Engine"):
+            engine.fit(MODELS["Cse"](**COMMON), datamodule=data)
+
+
+@both
+def test_callback_that_remembers_another_fit_is_refused(name, trained, mvtec_root, fit):
+    evaluator = Evaluator(val_metrics=[AUROC(["pred_score", "gt_label"], prefix="image_")])
+    _, engine, _ = fit(name, [EarlyStopping("image_AUROC")], model_options={"evaluator": evaluator}, max_epochs=2)
+    with pytest.raises(ValueError, match=r"EarlyStopping remembers the fit before, .*: take a new Engine, with new"):
+        engine.fit(MODELS[name](**COMMON, evaluator=evaluator), datamodule=data_of(mvtec_root))
+
+
+def test_second_fit_keeps_the_checkpoint_of_the_first(fit, mvtec_root, dtd):
+    model, engine, _ = fit("CseGaussian")
+    first = engine.best_model_path
+    engine.fit(MODELS["Cse"](**COMMON, dtd_dir=str(dtd), visualizer=False), datamodule=data_of(mvtec_root))
+    assert engine.best_model_path != first
+    loaded = MODELS["CseGaussian"].load_from_checkpoint(first)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_checkpoints_of_the_next_model_are_written_by_the_engines_own_plugin(fit):
+    _, engine, _ = fit("CseGaussian")
+    assert type(engine.trainer.strategy.checkpoint_io) is AnomalibCheckpointIO
 
 
 @both

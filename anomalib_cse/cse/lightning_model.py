@@ -85,6 +85,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
     model: CseModel
     best_loss: Tensor
     shaping = ("embedding_dim", "pool_size", "num_centres", "decoder")
+    recipe = ("contrast_weight", "dtd_dir", "defects", "learning_rate", "holdout_ratio")
     pairing: Pairing | None = None  # while fitting
 
     def __init__(
@@ -114,8 +115,12 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        layers, pre_trained, download_dtd, defects = map(plain, (layers, pre_trained, download_dtd, defects))
-        image_size, center_crop_size, seed = map(plain, (image_size, center_crop_size, seed))
+        backbone, layers, pre_trained, weights = map(plain, (backbone, layers, pre_trained, weights))
+        embedding_dim, pool_size, num_centres, decoder = map(plain, (embedding_dim, pool_size, num_centres, decoder))
+        contrast_weight, learning_rate, holdout_ratio = map(plain, (contrast_weight, learning_rate, holdout_ratio))
+        dtd_dir, download_dtd, defects, seed, report = map(plain, (dtd_dir, download_dtd, defects, seed, report))
+        image_size, center_crop_size, memory_budget = map(plain, (image_size, center_crop_size, memory_budget))
+        reject_rate = plain(reject_rate)
         check_recipe(decoder, contrast_weight, learning_rate, holdout_ratio)
         check_fit(memory_budget, seed, KINDS, defects, dtd_dir, download_dtd)
         super().__init__(
@@ -143,19 +148,11 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         """Return that there is no sanity check: nothing is fitted before training."""
         return {"num_sanity_val_steps": 0}
 
-    @property
-    def trainer(self) -> pl.Trainer:
-        """The trainer; to fit without an end being set means the paper's 100 epochs, not Lightning's 1000."""
-        return super().trainer
-
-    @trainer.setter
-    def trainer(self, trainer: pl.Trainer | None) -> None:
-        # no hook is called before Lightning has settled on 1000 epochs
-        pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-            if trainer.max_epochs is None and trainer.max_steps == -1 and not timed:
-                trainer.fit_loop.max_epochs = DEFAULT_EPOCHS
+    def epochs(self, trainer: pl.Trainer) -> int | None:
+        """Return as many as the trainer was given; if it was given no end, the paper's 100, not Lightning's 1000."""
+        timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        has_end = trainer.max_epochs is not None or trainer.max_steps != -1 or timed
+        return trainer.max_epochs if has_end else DEFAULT_EPOCHS
 
     def train(self, mode: bool = True) -> "Cse":
         """Set training mode; the deployed model and a frozen decoder stay in evaluation mode."""
@@ -177,7 +174,7 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         """Return Adam with a one-cycle schedule over the steps there are (Section 4.1); they must have an end."""
         self.seed_order(self.first_epoch)  # counting steps makes the first epoch's iterator
         trained = [p for p in self.parameters() if p.requires_grad]
-        return one_cycle(trained, plain(self.hparams["learning_rate"]), self.trainer.estimated_stepping_batches)
+        return one_cycle(trained, self.hparams["learning_rate"], self.trainer.estimated_stepping_batches)
 
     def setup(self, stage: str) -> None:
         """Hold images out, once all have been looked at, and forget what an earlier ``fit`` has left."""

@@ -1,14 +1,32 @@
 """A run that was broken off goes on as if it had not been; within an epoch, as Lightning warns, not quite."""
 
+from collections.abc import Mapping, Sized
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ..checks import plain
 from ..synthesis import Stream, generator_for
+
+SETTINGS = "cse_run"  # in a checkpoint
+
+
+def settings_of(trainer: Trainer) -> dict[str, object]:
+    """Return what shapes a run beside the model's arguments and the number of steps, by its name."""
+    loader = trainer.train_dataloader
+    images = getattr(loader, "dataset", None)
+    return {
+        "precision": plain(trainer.precision),
+        "gradient_clip_val": plain(trainer.gradient_clip_val),
+        "gradient_clip_algorithm": plain(trainer.gradient_clip_algorithm),
+        "train_batch_size": plain(getattr(loader, "batch_size", None)),
+        "training images": len(images) if isinstance(images, Sized) else None,
+    }
 
 
 class ResumingMixin(LightningModule):
@@ -22,6 +40,8 @@ class ResumingMixin(LightningModule):
     resumes = False  # whether this run goes on with an earlier one
     is_within_epoch = False  # whether that one was broken off there
     first_epoch = 0  # of this run
+    settings: dict[str, object] | None = None  # of this run
+    begun_with: Mapping[str, object] = MappingProxyType({})  # those of the run that is resumed, if it has kept them
     resumed: tuple[str, dict[str, Tensor]] | None = None  # a checkpoint, and the state that resuming it has given
 
     def seed_order(self, epoch: int) -> None:
@@ -33,11 +53,19 @@ class ResumingMixin(LightningModule):
         super().setup(stage)
         if stage == TrainerFn.FITTING:
             self.first_epoch, self.resumes, self.resumed = 0, False, None
+            self.settings, self.begun_with = None, {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the settings of the run."""
+        super().on_save_checkpoint(checkpoint)
+        if self.settings is not None:
+            checkpoint[SETTINGS] = self.settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the epoch that a resumed run goes on with."""
         super().on_load_checkpoint(checkpoint)
         self.first_epoch, self.resumes = checkpoint["epoch"] + 1, True
+        self.begun_with = checkpoint.get(SETTINGS, {})
         self.is_within_epoch = not checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
         if self.resumed_state() is not None:
             checkpoint["callbacks"] = None  # they would name the unfinished checkpoint as the best
@@ -53,20 +81,26 @@ class ResumingMixin(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Check that a resumed run leads to the end that its schedule began with.
+        """Check that a resumed run leads to the end that its schedule began with, by what it was begun with.
 
         Raises:
             ValueError: If it does not.
         """
+        self.settings = settings_of(self.trainer)
         if not self.resumes:
             return
-        begun, now = self.lr_schedulers().total_steps, self.trainer.estimated_stepping_batches  # type: ignore[union-attr]
-        if begun != now:
+        steps, given = self.lr_schedulers().total_steps, self.trainer.estimated_stepping_batches  # type: ignore[union-attr]
+        if steps != given:
             msg = (
-                f"the run to resume was given {begun} steps and is now given {now}: set max_epochs (and the images, "
+                f"the run to resume was given {steps} steps and is now given {given}: set max_epochs (and the images, "
                 "their batch size and the number of processes) as they were, or begin a new run with the model that "
                 "load_from_checkpoint gives"
             )
+            raise ValueError(msg)
+        differ = [name for name, value in self.settings.items() if self.begun_with.get(name, value) != value]
+        if differ:
+            was, now = (", ".join(f"{n} {had[n]}" for n in differ) for had in (self.begun_with, self.settings))
+            msg = f"the run to resume was given {was} and is now given {now}: set it as it was, or begin a new run"
             raise ValueError(msg)
 
     def on_train_epoch_start(self) -> None:

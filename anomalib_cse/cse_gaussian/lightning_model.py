@@ -11,6 +11,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -101,8 +102,10 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        layers, pre_trained, download_dtd, defects = map(plain, (layers, pre_trained, download_dtd, defects))
-        variations, image_size, center_crop_size, seed = map(plain, (variations, image_size, center_crop_size, seed))
+        backbone, layers, pre_trained, weights = map(plain, (backbone, layers, pre_trained, weights))
+        dtd_dir, download_dtd, defects, variations = map(plain, (dtd_dir, download_dtd, defects, variations))
+        embedding_dim, image_size, center_crop_size = map(plain, (embedding_dim, image_size, center_crop_size))
+        roi, memory_budget, reject_rate, seed, report = map(plain, (roi, memory_budget, reject_rate, seed, report))
         check_fit(memory_budget, seed, KINDS, defects, dtd_dir, download_dtd)
         check_kinds("variations", variations, tuple(VARIATIONS))
         super().__init__(
@@ -124,8 +127,14 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
 
     @property
     def trainer_arguments(self) -> dict[str, int]:
-        """Return that one epoch is all it takes, and that nothing is fitted before it."""
-        return {"max_epochs": 1, "num_sanity_val_steps": 0}
+        """Return that there is no sanity check: nothing is fitted before the one epoch."""
+        return {"num_sanity_val_steps": 0}
+
+    @staticmethod
+    def epochs(trainer: Trainer) -> int:
+        """Return that one is all it takes, whatever the trainer was given."""
+        del trainer
+        return 1
 
     @staticmethod
     def configure_optimizers() -> None:
@@ -199,10 +208,9 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             self.fit()
 
     def on_train_epoch_end(self) -> None:
-        """Fit where there is no validation, and stop, however many epochs the trainer has been given."""
+        """Fit where there is no validation."""
         self.fit()
         super().on_train_epoch_end()
-        self.trainer.should_stop = True
 
     @torch.no_grad()
     def fit(self) -> None:

@@ -1,17 +1,16 @@
 """anomalib's components as both models have them: what processes, judges and draws images around the network."""
 
-from collections.abc import Iterable, Sequence
 from typing import cast
 
 from anomalib.metrics import AnomalibMetric, Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import ImageVisualizer, Visualizer
-from lightning.pytorch import Callback, LightningModule, Trainer
+from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
-from ..checks import check_flag, check_size, plain
+from ..checks import check_flag, check_plain, check_size
 from ..features import FrozenBackbone
 from ..preflight import LABELS, BatchCheck, transform_of
 from ..report import Report
@@ -19,44 +18,6 @@ from .evaluator import TwoClassEvaluator
 from .post_processing import MidwayPostProcessor
 from .pre_processing import check_transform, exact, fixed_size, resize_and_crop
 from .visualizer import WholeImageVisualizer
-
-COMPONENTS = (PreProcessor, PostProcessor, Evaluator, Visualizer)  # that are callbacks too
-
-
-class OwnCallbacks(Callback):
-    """Take a model's callbacks out of the trainer when it is done, where Lightning leaves them for the next model.
-
-    There they would process another model's images and scores.
-
-    Args:
-        callbacks: Those of the model.
-    """
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = callbacks
-
-    def take_out(self, trainer: Trainer) -> None:
-        """Leave the trainer the other callbacks."""
-        own = {id(callback) for callback in (self, *self.callbacks)}
-        # a new list: Lightning is going through the old one
-        trainer.callbacks = [c for c in trainer.callbacks if id(c) not in own]  # type: ignore[attr-defined]
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take them out at a regular end."""
-        del pl_module, stage
-        self.take_out(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take them out when a run breaks off: Lightning then calls no ``teardown``."""
-        del pl_module, exception
-        self.take_out(trainer)
-
-
-def take_out_others(trainer: Trainer, own: Iterable[Callback]) -> None:
-    """Take out of a trainer what earlier models have left there, such as anomalib's own; keep what is in ``own``."""
-    kept = {id(callback) for callback in own}
-    callbacks = [c for c in trainer.callbacks if id(c) in kept or not isinstance(c, COMPONENTS)]  # type: ignore[attr-defined]
-    trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
 class ComponentsMixin(LightningModule):
@@ -105,9 +66,8 @@ class ComponentsMixin(LightningModule):
         return [BatchCheck(any_size=self.image_size is None), *own, *reports]
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return this model's own callbacks, and the one that takes them out of the trainer at the end."""
-        own = self.own_callbacks()
-        return [OwnCallbacks(own), *own]
+        """Return this model's own callbacks."""
+        return self.own_callbacks()
 
     def make_exportable(self) -> None:
         """Have the pre-processor compute the same outside the trainer as within.
@@ -116,7 +76,8 @@ class ComponentsMixin(LightningModule):
             ValueError: If its transform does more than resize and crop, or leaves images in several sizes or too small;
                 or if an argument of both models is none.
         """
-        check_flag("report", plain(self.report))
+        check_flag("report", self.report)
+        check_plain(self.hparams)
         transform = transform_of(self.pre_processor)
         check_transform(transform)
         self.image_size = fixed_size(self.pre_processor)

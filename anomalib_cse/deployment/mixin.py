@@ -13,7 +13,7 @@ from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin import ExportMixin
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -28,10 +28,13 @@ from ..preflight import (
     transform_of,
 )
 from .checkpoints import WholeCheckpointIO
-from .components import ComponentsMixin, take_out_others
+from .components import ComponentsMixin
 from .export import check_compression, compress, export_any_size, keep_single_precision, note_good_scores
 from .good_scores import UnseenScores
 from .post_processing import MidwayPostProcessor, labelled
+from .trainer import FOUND, restore_at_end, restorer_of
+
+COMPONENT_SETTINGS = {"anomalib_pre_processor_config", "anomalib_post_processor_config"}  # in a checkpoint
 
 
 class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
@@ -42,6 +45,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
     """
 
     shaping: tuple[str, ...]  # arguments that a checkpoint must agree in, beside backbone and layers
+    recipe: tuple[str, ...] = ()  # arguments that a run is resumed with
     seed: int | None
     needs_gradients = True  # or it is fitted in one pass
     logged: tuple[str, ...] = ()  # what a fit logs, which callbacks may wait for
@@ -65,6 +69,24 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         """Trained on defect-free images alone."""
         return LearningType.ONE_CLASS
 
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer. It gets back at the end of a run what it had; a fit makes as many epochs as the model takes."""
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        if trainer is not None and trainer.state.fn is not None:
+            restore_at_end(trainer)
+            if trainer.state.fn == TrainerFn.FITTING:
+                # no hook is called before Lightning has settled on 1000 epochs if none are given
+                trainer.fit_loop.max_epochs = self.epochs(trainer)
+
+    def epochs(self, trainer: Trainer) -> int | None:
+        """Return how many epochs a fit takes, of a trainer that may have been given a number."""
+        raise NotImplementedError
+
     def traits(self) -> ModelTraits:
         """Return what the preflight is to know of the model."""
         return ModelTraits(
@@ -84,11 +106,12 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         trainer, self.frozen, self.is_refitted = self.trainer, None, False
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):  # not the user's own
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())  # type: ignore[operator]
-        take_out_others(trainer, self.own_callbacks())
-        preflight(trainer, stage, self.traits())
+        restorer = restorer_of(trainer)
+        preflight(trainer, stage, self.traits(), others=FOUND[trainer])
         if stage == TrainerFn.FITTING:
             # or the epochs of an earlier model would count as this one's; a checkpoint to resume is read after this
             trainer.fit_loop.epoch_progress.reset()
+            restorer.forget_checkpoints()
 
     def on_fit_start(self) -> None:
         """Note the weights of the backbone, that nothing may change."""
@@ -208,6 +231,8 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         if isinstance(self.post_processor, MidwayPostProcessor) and "reject_rate" in self.hparams:
             own["reject_rate"] = self.post_processor.reject_rate  # it may have been changed
         checkpoint["hyper_parameters"] = plain(checkpoint["hyper_parameters"] | own)
+        for name in COMPONENT_SETTINGS & checkpoint.keys():
+            checkpoint[name] = plain(checkpoint[name])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, and take over its pre-processing.
@@ -216,9 +241,9 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             ValueError: If it is of another model, of other arguments, or of another image size or post-processing than
                 was asked for, or has a pre-processor that the model was to do without.
         """
-        shaping = {name: self.hparams[name] for name in self.shaping}
+        shaping, recipe = ({name: self.hparams[name] for name in names} for names in (self.shaping, self.recipe))
         shaping |= {"backbone": self.backbone.architecture, "layers": self.backbone.levels}
-        check_checkpoint(checkpoint, cast(AnomalibModule, self), shaping, can_resume=self.needs_gradients)
+        check_checkpoint(checkpoint, cast(AnomalibModule, self), shaping, recipe, can_resume=self.needs_gradients)
         asked_for = self.image_size
         super().on_load_checkpoint(checkpoint)
         self.make_exportable()

@@ -10,7 +10,7 @@ from timm.layers import Conv2dSame, Format
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import check_flag, check_pixels
+from ..checks import check_flag, check_pixels, plain
 from .weights import (
     LOCAL,
     PYPI_BACKBONE,
@@ -198,6 +198,7 @@ def resolve_layers(architecture: str, layers: Sequence[int] | Sequence[str]) -> 
         **{level: level for level in range(len(names))},
         **{n: i for i, n in enumerate(names)},
     }
+    layers = plain(layers)
     listed = isinstance(layers, Sequence) and not isinstance(layers, str)
     levels = [known[layer] for layer in layers if type(layer) in (int, str) and layer in known] if listed else []
     if not levels or len(levels) < len(layers) or len(set(levels)) < len(levels):

@@ -1,5 +1,6 @@
 """All that is asked of a trainer, a datamodule, a model and files before anything is computed."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from anomalib.metrics import Evaluator
@@ -18,6 +19,7 @@ from .trainer import (
     LABELS,
     ModelTraits,
     datamodule_of,
+    earlier_findings,
     metric_findings,
     no_images,
     precision_findings,
@@ -56,8 +58,14 @@ __all__ = [
 AUGMENTED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # what a stage reads
 
 
-def preflight(trainer: Trainer, stage: str, traits: ModelTraits) -> None:
+def preflight(trainer: Trainer, stage: str, traits: ModelTraits, *, others: Sequence[str] = ()) -> None:
     """Look at all that a run is given, warn of what is doubtful, and say in one line what a fit has to learn from.
+
+    Args:
+        trainer: Of the run.
+        stage: Lightning's name of what it does.
+        traits: Of the model.
+        others: Components of the model that the trainer was made for, if that is another one.
 
     Raises:
         ValueError: If anything is wrong; it lists all that is.
@@ -69,6 +77,7 @@ def preflight(trainer: Trainer, stage: str, traits: ModelTraits) -> None:
         findings += augmentation_findings(part, datasets[part])
     summary = ""
     if stage == TrainerFn.FITTING:
+        findings += earlier_findings(trainer, traits, others)
         findings += trainer_findings(trainer, traits, evaluator)
         summary, found = data_findings(trainer, traits, model.pre_processor, read=not any(f.is_error for f in findings))
         findings += found

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from anomalib.post_processing import PostProcessor
@@ -24,7 +25,12 @@ def trainer_of(model: LightningModule) -> Trainer | None:
 
 
 def check_checkpoint(
-    checkpoint: Mapping[str, Any], model: "AnomalibModule", shaping: Mapping[str, object], *, can_resume: bool
+    checkpoint: Mapping[str, Any],
+    model: "AnomalibModule",
+    shaping: Mapping[str, object],
+    recipe: Mapping[str, object],
+    *,
+    can_resume: bool,
 ) -> None:
     """Raise a ``ValueError`` if a checkpoint is not of such a model, with what it was given, or no run to resume.
 
@@ -32,18 +38,25 @@ def check_checkpoint(
         checkpoint: What is to be loaded.
         model: The model, before that.
         shaping: Arguments that must be the checkpoint's, and their values.
+        recipe: Arguments that must be so too if the run is resumed.
         can_resume: Whether the model can go on with a run.
     """
-    findings = [*model_findings(checkpoint, model, shaping, can_resume=can_resume)]
+    findings = [*model_findings(checkpoint, model, shaping, recipe, can_resume=can_resume)]
     settle(findings or setting_findings(checkpoint, model))
 
 
 def model_findings(
-    checkpoint: Mapping[str, Any], model: LightningModule, shaping: Mapping[str, object], *, can_resume: bool
+    checkpoint: Mapping[str, Any],
+    model: LightningModule,
+    shaping: Mapping[str, object],
+    recipe: Mapping[str, object],
+    *,
+    can_resume: bool,
 ) -> Iterator[Finding]:
     """Say if a checkpoint is of another model, of other values of the arguments that shape it, or no run to resume."""
     trainer, kind = trainer_of(model), type(model)
-    if trainer is not None and trainer.state.fn == TrainerFn.FITTING and not can_resume:
+    is_resumed = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    if trainer is not None and is_resumed and not can_resume:
         yield error(
             f"{kind.__name__} is fitted in one pass, so there is nothing to resume in {trainer.ckpt_path}: leave "
             "ckpt_path out to fit a new one; test, predict and export take it"
@@ -57,12 +70,21 @@ def model_findings(
             "another model, or of anomalib-cse before 0.2, where Cse held both methods: train again"
         )
         return
-    for name, own in shaping.items():
-        if saved[name] != own:
+    for name, own in {**shaping, **(recipe if is_resumed else {})}.items():
+        if name in saved and not is_same(saved[name], own):
             yield error(
                 f"the checkpoint is of {name} {saved[name]}, the model has {own}: give the arguments that it was "
                 f"trained with, such as --model.{name}"
             )
+
+
+def is_same(saved: object, own: object) -> bool:
+    """Whether an argument has the value that a checkpoint has: in a list or a tuple, and of a path in any spelling."""
+    if isinstance(own, list | tuple) and isinstance(saved, list | tuple):
+        return list(saved) == list(own)
+    if isinstance(own, str) and isinstance(saved, str):
+        return saved == own or Path(saved).resolve() == Path(own).resolve()
+    return saved == own
 
 
 def setting_findings(checkpoint: Mapping[str, Any], model: "AnomalibModule") -> Iterator[Finding]:

@@ -1,6 +1,6 @@
 """What a trainer may have: its arguments, its callbacks, and the datamodule and metrics that it brings."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from anomalib import TaskType
@@ -54,6 +54,29 @@ def datamodule_of(trainer: object) -> AnomalibDataModule | None:
     return data if isinstance(data, AnomalibDataModule) else None
 
 
+def earlier_findings(trainer: Trainer, traits: ModelTraits, others: Sequence[str]) -> Iterator[Finding]:
+    """Say what a trainer has left of earlier models that would count for the one that it is to fit now.
+
+    What anomalib's other models ask of a trainer replaces the user's numbers, so those are not to be had any more.
+    """
+    if others and traits.needs_gradients:
+        yield error(
+            f"this trainer was made for another model (with {', '.join(others)}), whose number of epochs and other "
+            f"arguments would count for {traits.name}: take a new Engine. If they are your own, give them to the model"
+        )
+    if trainer.ckpt_path is not None or not (trainer.current_epoch or trainer.global_step):
+        return
+    if trainer.max_steps != -1 and trainer.global_step:
+        yield error(f"this trainer has made {trainer.global_step} steps of its max_steps: take a new Engine")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        plain_checkpoint = isinstance(callback, ModelCheckpoint) and callback.monitor is None
+        if not (plain_checkpoint or isinstance(callback, nn.Module)) and callback.state_dict():
+            yield error(
+                f"callback {type(callback).__name__} remembers the fit before, which would count for this one: take a "
+                "new Engine, with new callbacks"
+            )
+
+
 def trainer_findings(trainer: Trainer, traits: ModelTraits, evaluator: Evaluator | None) -> Iterator[Finding]:
     """Say what does not do in a trainer that is to fit a model."""
     metrics = evaluator.val_metrics if evaluator else ()
@@ -89,9 +112,7 @@ def callback_findings(trainer: Trainer, logged: Iterable[str]) -> Iterator[Findi
 
 
 def validation_findings(trainer: Trainer) -> Iterator[Finding]:
-    """Say if a trainer would validate before a model is fitted or never, or has no steps left."""
-    if trainer.ckpt_path is None and trainer.max_steps != -1 and trainer.global_step:
-        yield error(f"this trainer has made {trainer.global_step} steps of its max_steps: take a new Engine")
+    """Say if a trainer would validate before a model is fitted or never."""
     if trainer.limit_val_batches and trainer.num_sanity_val_steps:
         yield error("nothing is fitted before training: set num_sanity_val_steps to 0, as anomalib's Engine does")
     if trainer.limit_val_batches and 0 <= (trainer.max_epochs or 0) < (trainer.check_val_every_n_epoch or 0):

@@ -1,0 +1,72 @@
+"""A trainer while a model uses it: what it had before counts neither for the model nor is it lost to the next one."""
+
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+COMPONENTS = (PreProcessor, PostProcessor, Evaluator, Visualizer)  # that are callbacks too
+
+
+# what components the first model of this package has found in a trainer: if any, the trainer was made for another model
+FOUND: WeakKeyDictionary[Trainer, list[str]] = WeakKeyDictionary()
+
+
+class TrainerRestorer(Callback):
+    """Give a trainer back at the end of a run as the run found it.
+
+    Lightning leaves a model's callbacks in the trainer, where they would process another model's images, and all that
+    a model has set. Components that other models have left there are taken out for good.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [callback for callback in found if isinstance(callback, COMPONENTS)]
+        FOUND.setdefault(trainer, sorted({type(callback).__name__ for callback in others}))
+        self.callbacks = [callback for callback in found if callback not in others]
+        self.max_epochs, self.checkpoint_io = trainer.max_epochs, trainer.strategy.checkpoint_io
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # of the losses, in half precision
+        self.scaling: dict[str, Any] = scaler.state_dict() if scaler else {}
+        trainer.callbacks = [*self.callbacks, self]  # type: ignore[attr-defined]
+
+    def forget_checkpoints(self) -> None:
+        """Have a fit keep the checkpoints of the one before: Lightning would write over the last, or delete it."""
+        for callback in self.callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.monitor is None:
+                callback.best_model_path = callback.last_model_path = ""
+
+    def restore(self, trainer: Trainer) -> None:
+        """Give back what there was."""
+        trainer.callbacks = self.callbacks  # type: ignore[attr-defined]
+        trainer.fit_loop.max_epochs = self.max_epochs
+        trainer.strategy.checkpoint_io = self.checkpoint_io
+        if self.scaling:
+            cast(Any, trainer.precision_plugin).scaler.load_state_dict(self.scaling)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give it back at a regular end."""
+        del pl_module, stage
+        self.restore(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give it back when a run breaks off: Lightning then calls no ``teardown``."""
+        del pl_module, exception
+        self.restore(trainer)
+
+
+def restorer_of(trainer: Trainer) -> TrainerRestorer:
+    """Return what is to give a trainer back at the end of the run."""
+    return next(c for c in trainer.callbacks if isinstance(c, TrainerRestorer))  # type: ignore[attr-defined]
+
+
+def restore_at_end(trainer: Trainer) -> None:
+    """Have a trainer given back as it is now; if it was left in the middle of a run, as it was before that."""
+    for left in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(left, TrainerRestorer):
+            left.restore(trainer)
+    TrainerRestorer(trainer)

@@ -23,6 +23,7 @@ from anomalib_cse.cse.centres import unseen_scores
 from anomalib_cse.deployment import MidwayPostProcessor, compare_good_images
 from anomalib_cse.deployment.comparison import Comparison
 from anomalib_cse.deployment.good_scores import GoodScores, UnseenScores
+from anomalib_cse.deployment.thresholds import MidwayThreshold
 from anomalib_cse.preflight.__main__ import main as check
 
 from tiny import COMMON, MODELS, QUIET, data_of
@@ -290,6 +291,55 @@ def test_good_images_alone_mean_one_per_cent_of_rejects(mvtec_root, dtd, tmp_pat
     assert any(record.getMessage().startswith(said) for record in caplog.records)
     model, _ = fitted("CseGaussian", mvtec_root, dtd, tmp_path / "defects", QUIET)
     assert not model.post_processor.knows_good_scores
+
+
+def only(data, labels):
+    """The datamodule with validation images of these labels alone, in this order."""
+    data.setup(TrainerFn.FITTING)
+    found = data.val_data.samples.label_index.tolist()
+    places = [found.index(label) + labels[:n].count(label) for n, label in enumerate(labels)]
+    data.val_data = data.val_data.subsample(places)
+    return data
+
+
+def test_defects_alone_do_not_set_a_threshold_that_rejects_every_good_image(mvtec_root, dtd, tmp_path):
+    data = only(data_of(mvtec_root), [1, 1, 1])
+    with pytest.warns(UserWarning, match="no validation image is good, so thresholds come from good training images"):
+        model, engine = fitted("CseGaussian", None, dtd, tmp_path, QUIET, data)
+    own = model.post_processor
+    assert own.image_threshold.item() == pytest.approx(GoodScores(*own.good_images.tolist()).threshold(0.01), rel=1e-5)
+    batches = engine.predict(model, data_path=mvtec_root / "tiny" / "test" / "good")
+    assert not any(label for batch in batches for label in batch.pred_label)
+    with pytest.warns(UserWarning, match=r"no validation image is good, and .* too few .* below the scores of all"):
+        fitted("Cse", None, dtd, tmp_path, QUIET, only(data_of(mvtec_root), [1, 1, 1]))  # it holds out three images
+
+
+def test_one_image_of_a_kind_is_said_to_tell_little(mvtec_root, dtd, tmp_path):
+    for labels, counts in (([0, 1, 1], "1 good and 2"), ([0, 0, 1], "2 good and 1")):
+        with pytest.warns(UserWarning, match=f"come from {counts} defective validation images, of which a single one"):
+            fitted("CseGaussian", None, dtd, tmp_path, QUIET, only(data_of(mvtec_root), labels))
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "lack"),
+    [
+        ([1.0, 1.0, 1.0], [0, 1, 1], "all validation images have the same score"),
+        ([1.0, 2.0, 3.0], [1, 1, 1], "no validation image is good"),
+        ([1.0, 2.0, 3.0], [0, 0, 0], "no validation image has a defect"),
+        ([1.0, 2.0, 3.0], [0, 1, 1], ""),
+    ],
+    ids=str,
+)
+def test_validation_that_tells_no_threshold_is_known(scores, labels, lack):
+    metric = MidwayThreshold(fields=["pred_score", "gt_label"], strict=False)
+    batch = ImageBatch(torch.rand(3, 3, 8, 8), pred_score=torch.tensor(scores), gt_label=torch.tensor(labels))
+    metric.update(batch)
+    threshold = metric.compute()
+    assert metric.lack == lack
+    if scores[0] == scores[-1]:
+        assert threshold == 1.0  # no score is above it
+    metric.forget()
+    assert metric.lack
 
 
 def test_too_few_images_for_a_rate_are_refused_and_else_warned_of(mvtec_root, dtd, tmp_path):

@@ -164,7 +164,11 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Set thresholds by good images, if a fit's validation leaves that to them."""
         own = self.post_processor
-        if self.trainer.state.fn == TrainerFn.FITTING and isinstance(own, MidwayPostProcessor) and own.lacks_defects:
+        if (
+            self.trainer.state.fn == TrainerFn.FITTING
+            and isinstance(own, MidwayPostProcessor)
+            and own.needs_good_scores
+        ):
             self.learn_thresholds(own)
 
     def on_train_epoch_end(self) -> None:

@@ -22,7 +22,7 @@ CENTRED = {
     "image_sensitivity": 0.5,
     "pixel_sensitivity": 0.5,
 }
-USUAL_RATE = 0.01  # of good images rejected, where no validation image has a defect
+USUAL_RATE = 0.01  # of good images rejected, where validation images tell no threshold
 
 
 class MidwayPostProcessor(PostProcessor):
@@ -34,7 +34,7 @@ class MidwayPostProcessor(PostProcessor):
 
     Args:
         reject_rate: Share of good images to be called anomalous, in (0, 0.5]; ``None`` takes the thresholds of the best
-            F1, or ``USUAL_RATE`` if no validation image has a defect.
+            F1, or ``USUAL_RATE`` if the validation images are not of both kinds, or have all the same score.
         **options: As for anomalib's post-processor.
 
     Raises:
@@ -43,6 +43,7 @@ class MidwayPostProcessor(PostProcessor):
 
     good_images: Tensor
     good_pixels: Tensor
+    _image_threshold_metric: MidwayThreshold
     unseen: UnseenScores | None = None  # of this fit
     suspicious: Sequence[tuple[str, float]] = ()  # training images that others do not explain, of the last fit
 
@@ -104,10 +105,7 @@ class MidwayPostProcessor(PostProcessor):
         """
         if scores is None or len(scores.paths) < FEWEST:
             self.check_enough(len(scores.paths) if scores else 0)
-            rank_zero_warn(
-                "no validation image has a defect, and training images are too few for thresholds from good ones: the "
-                f"thresholds are the highest values of the validation images (give {FEWEST} that a fit has not seen)"
-            )
+            rank_zero_warn(self.fallback("training images are too few for thresholds from good ones"))
             return
         for known, as_they_are, varied in zip(
             (self.good_images, self.good_pixels), (scores.images, scores.pixels), scores.varied, strict=True
@@ -140,19 +138,44 @@ class MidwayPostProcessor(PostProcessor):
         Raises:
             ValueError: If a rate of rejects was asked for, and it is not known how scores of good images spread.
         """
-        self._image_threshold_metric.has_defects = False  # unless it computes
+        self._image_threshold_metric.forget()  # it may not compute
         super().on_validation_epoch_end(trainer, pl_module)
-        if not self.lacks_defects or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.needs_good_scores or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         will_learn = trainer.state.fn == TrainerFn.FITTING  # at the end of this validation, if the model is another
         if self.knows_good_scores or (self.reject_rate is not None and not will_learn):
             self.reject(self.reject_rate or USUAL_RATE)
+        elif not will_learn:
+            rank_zero_warn(self.fallback("no fit has kept how good ones score"))
+
+    def fallback(self, reason: str) -> str:
+        """Return what thresholds are where neither validation images nor good training images tell them."""
+        metric = self._image_threshold_metric
+        where = "the highest values of the validation images"
+        if metric.defective and not metric.good:
+            where = "below the scores of all validation images, so that good images may be rejected"
+        return f"{metric.lack}, and {reason}: the thresholds are {where} (give {FEWEST} that a fit has not seen)"
 
     @property
-    def lacks_defects(self) -> bool:
-        """Whether thresholds are to come from good images: by a rate of rejects, or as validation had no others."""
-        no_defects = self.reject_rate is not None or not self._image_threshold_metric.has_defects
-        return self.enable_thresholding and no_defects
+    def needs_good_scores(self) -> bool:
+        """Whether thresholds are to come from good images: by a rate of rejects, or as validation images tell none."""
+        return self.enable_thresholding and (self.reject_rate is not None or bool(self._image_threshold_metric.lack))
+
+    def warn_of_validation(self) -> None:
+        """Warn if thresholds that come from validation images could hardly be told by them, or do not come from them.
+
+        That validation has no defects is no fault: a run may have none.
+        """
+        metric = self._image_threshold_metric
+        if self.reject_rate is not None or not self.enable_thresholding or not metric.defective:
+            return
+        if metric.lack and self.knows_good_scores:
+            rank_zero_warn(f"{metric.lack}, so thresholds come from good training images: {USUAL_RATE:.0%} of such")
+        elif min(metric.good, metric.defective) == 1:
+            rank_zero_warn(
+                f"thresholds come from {metric.good} good and {metric.defective} defective validation images, of which "
+                "a single one says little: give more of that kind, or a reject_rate"
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the scores of another fit; those of a run that is resumed are loaded after this."""
@@ -164,7 +187,9 @@ class MidwayPostProcessor(PostProcessor):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the thresholds are, if they are of good images, and which of those stand out."""
-        del trainer, pl_module
+        del pl_module
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.warn_of_validation()
         if self.knows_good_scores:
             thresholds = f"{self.image_threshold:.4g} for images, {self.pixel_threshold:.4g} for pixels"
             rank_zero_info(f"Thresholds are {thresholds}. Rejects: {self.expectation}{self.counted}")

@@ -10,7 +10,7 @@ from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
-from ..checks import check_flag, check_plain, check_size
+from ..checks import check_flag, check_plain, check_size, plain
 from ..features import FrozenBackbone
 from ..preflight import LABELS, BatchCheck, transform_of
 from ..report import Report
@@ -77,6 +77,7 @@ class ComponentsMixin(LightningModule):
                 or if an argument of both models is none.
         """
         check_flag("report", self.report)
+        self.hparams.update(plain(dict(self.hparams)))  # a subclass may have more, or have given others
         check_plain(self.hparams)
         transform = transform_of(self.pre_processor)
         check_transform(transform)

@@ -61,7 +61,7 @@ def test_train_writes_metrics_pictures_and_a_checkpoint(first_run):
     ]
     assert dict(metrics(printed))["image_AUROC"] == "1.0"
     assert checkpoint(folder).is_file()
-    assert len(list((folder / "results").rglob("images/square/*.png"))) == 4
+    assert len(list((folder / "results").rglob("images/square/*.png.jpg"))) == 4
 
 
 def test_test_predict_and_export_take_the_checkpoint(first_run, arguments, data, tmp_path):
@@ -69,7 +69,7 @@ def test_test_predict_and_export_take_the_checkpoint(first_run, arguments, data,
     model = ["--model", "Cse", *flags("model", arguments), "--ckpt_path", checkpoint(folder)]
     assert metrics(command_line(tmp_path, "test", *model, "--data", "MVTec", *flags("data", data))) == metrics(printed)
     command_line(tmp_path, "predict", *model, "--data", Path(data["root"]) / "tiny" / "test" / "square")
-    assert len(list(tmp_path.rglob("Cse/*/images/**/*.png"))) >= 4
+    assert len(list(tmp_path.rglob("Cse/*/images/**/*.png.jpg"))) >= 4
     command_line(tmp_path, "export", *model, "--export_type", "torch", "--export_root", tmp_path / "exported")
     assert [path.name for path in (tmp_path / "exported").rglob("*.*")] == ["model.pt"]
 

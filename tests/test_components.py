@@ -1,5 +1,6 @@
 """anomalib's components of a user's own: with them a model trains, is loaded and is exported, or refuses before."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,7 @@ from anomalib.engine import Engine
 from anomalib.metrics import Evaluator, F1Score
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import ImageVisualizer
-from PIL import Image
+from PIL import Image, ImageColor
 from torchvision.transforms.v2 import (
     CenterCrop,
     Compose,
@@ -23,9 +23,10 @@ from torchvision.transforms.v2 import (
     Pad,
     Resize,
 )
+from torchvision.transforms.v2.functional import resize
 
 from anomalib_cse.deployment.post_processing import MidwayPostProcessor
-from anomalib_cse.deployment.visualizer import WholeImageVisualizer
+from anomalib_cse.deployment.visualizer import ACCEPTED, GAP, OUTLINE, REJECTED
 
 from tiny import COMMON, MODELS, QUIET, data_of
 
@@ -155,30 +156,56 @@ def test_metrics_that_cannot_be_had_are_refused_before_training(name, dtd, mvtec
 
 @pytest.mark.parametrize(("size", "crop"), [((64, 64), (32, 32)), ((64, 48), (33, 40))], ids=str)
 def test_map_of_a_centre_crop_is_drawn_where_it_belongs(size, crop, tmp_path):
-    """anomalib draws the same of maps of the whole image."""
-    options = {"fields": ["image", "gt_mask"], "field_size": size[::-1], "text_config": {"enable": False}}
+    """The same is drawn of maps of the whole image."""
+    pixels = np.random.default_rng(0).integers(0, 255, (2, *size, 3), dtype=np.uint8)
     paths = [str(tmp_path / f"{number}.png") for number in range(2)]
-    for path in paths:
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image).save(path)
     least = torch.tensor([0.1, 0.3])[:, None]  # of each image, and outside
     centre = least[..., None] + 0.5 * torch.rand(2, *crop)
     centre[:, :1, :1] = least[..., None]
     inside = CenterCrop(crop)(torch.arange(size[0] * size[1]).view(1, *size)).flatten()
     whole = least.repeat(1, size[0] * size[1])
     whole[:, inside] = centre.flatten(1)
-    model = MODELS["Cse"](**{**COMMON, "image_size": size}, center_crop_size=crop)
     pictures = []
-    for visualizer, maps in ((WholeImageVisualizer, centre), (ImageVisualizer, whole.view(2, *size))):
-        trainer = SimpleNamespace(default_root_dir=tmp_path / visualizer.__name__)
+    for cropped, maps in ((True, centre), (False, whole.view(2, *size))):
+        model = MODELS["Cse"](**{**COMMON, "image_size": size}, center_crop_size=crop if cropped else None)
+        model.post_processor.get_buffer("_pixel_threshold").fill_(1.0)
+        trainer = SimpleNamespace(default_root_dir=tmp_path / str(cropped))
         batch = ImageBatch(
-            image=torch.zeros(2, 3, *maps.shape[1:]),
+            image=torch.zeros(2, 3, *crop) if cropped else torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255,
             image_path=paths,
             anomaly_map=maps,
             gt_mask=maps > 0.5,
             pred_mask=maps > 0.4,
+            pred_score=torch.ones(2),
         )
-        visualizer(**options).on_predict_batch_end(trainer, model, None, batch, 0)
-        files = sorted((tmp_path / visualizer.__name__).rglob("*.png"))
+        model.visualizer.on_predict_batch_end(trainer, model, None, batch, 0)
+        files = sorted((tmp_path / str(cropped)).rglob("*.jpg"))
+        assert [file.name for file in files] == ["0.png.jpg", "1.png.jpg"]
         pictures.append(np.stack([np.asarray(Image.open(file)) for file in files]))
     assert np.array_equal(*pictures)
-    assert type(model.visualizer) is WholeImageVisualizer
+
+
+def test_picture_says_what_the_model_said(trained, mvtec_root, tmp_path):
+    """The frame tells rejected images; an outline is there with a pixel threshold alone, and lies within the mask."""
+    for has_pixel_threshold in (True, False):
+        model = MODELS["CseGaussian"].load_from_checkpoint(trained["CseGaussian"][1])
+        if not has_pixel_threshold:
+            model.post_processor.get_buffer("_pixel_threshold").fill_(torch.nan)
+        folder = tmp_path / str(has_pixel_threshold)
+        engine = Engine(default_root_dir=folder, **QUIET)
+        predictions = engine.predict(model, data_path=mvtec_root / "tiny" / "test")
+        for item in (item for batch in predictions for item in batch):
+            [file] = folder.rglob(f"{Path(item.image_path).parent.name}/{Path(item.image_path).name}.jpg")
+            picture = np.asarray(Image.open(file)).astype(int)
+            colour = np.array(ImageColor.getrgb((REJECTED if item.pred_label else ACCEPTED)[0]))
+            assert np.abs(picture[-3:, 2:-2] - colour).max() < 20
+            side, panels = 256, 3 if has_pixel_threshold else 2
+            assert picture.shape[1] == panels * (side + GAP) + GAP
+            if has_pixel_threshold:
+                found = picture[-side - GAP : -GAP, -side - GAP : -GAP]
+                mask = resize(item.pred_mask.reshape(1, 64, 64).float(), [side, side])[0].numpy() > 0.5
+                bright = (np.abs(found - OUTLINE).max(axis=-1) < 40) & ~mask
+                assert bright.sum() <= 0.02 * side * side  # outside it JPEG alone
+                assert (np.abs(found - OUTLINE).max(axis=-1) < 90)[mask].any() == mask.any()

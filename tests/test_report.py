@@ -1,9 +1,12 @@
 """The page after a test and after a prediction: what it says is what the model has scored."""
 
 import base64
+import csv
+import hashlib
 import json
 from html.parser import HTMLParser
 from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,11 +76,12 @@ def batch(scores, labels, paths, size=(40, 30)):
 
 def page_of(folder, *batches, own=None, run="test"):
     """The page of batches as a post-processor leaves them."""
-    own, report = own or post_processor(), Report("network")
+    own, report = own or post_processor(), Report()
     model = SimpleNamespace(post_processor=own, device=torch.device("cpu"))
     trainer = SimpleNamespace(
         default_root_dir=folder,
         fast_dev_run=False,
+        ckpt_path=None,
         callbacks=[],
         checkpoint_callback=None,
         callback_metrics={},
@@ -89,9 +93,16 @@ def page_of(folder, *batches, own=None, run="test"):
         own.post_process_batch(outputs)
         getattr(report, f"on_{run}_batch_end")(trainer, model, outputs, outputs, number, 0)
     getattr(report, f"on_{run}_end")(trainer, model)
-    [file] = folder.iterdir()
-    assert file.name == {"test": "report.html", "predict": "report-predict.html"}[run]
+    file, table = sorted(folder.iterdir())
+    suffix = "-predict" if run == "predict" else ""
+    assert (file.name, table.name) == (f"report{suffix}.html", f"scores{suffix}.csv")
     return Page(file)
+
+
+def table_of(file):
+    """The lines of a table, one mapping each."""
+    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as opened:
+        return list(csv.DictReader(opened))
 
 
 @both
@@ -124,13 +135,62 @@ def test_page_says_what_the_model_has_scored(name, trained, mvtec_root, tmp_path
     cut = {path: label for b in predictions for path, label in zip(b.image_path, b.pred_label.tolist(), strict=True)}
     above = dict(zip(predicted.data["names"], (s > 0.5 for s in predicted.data["scores"]), strict=True))
     assert above == {"/".join(path.split("/")[-2:]): label for path, label in cut.items()}
-    assert (predicted.data["labelled"], predicted.data["kinds"], predicted.data["roc"]) == (False, ["images"], None)
+    assert (predicted.data["labelled"], predicted.data["roc"]) == (False, None)
+    assert predicted.data["kinds"] == ["good", "square"]  # folders
     assert f"Prediction of {name}" in predicted.text
-    assert "8 images, without labels" in predicted.text
+    assert "8 images, without labels (4 in good, 4 in square)" in predicted.text
+
+
+def test_page_and_table_tell_what_made_them(trained, mvtec_root, tmp_path):
+    model, path = trained["CseGaussian"]
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    raw = {}
+    model = type(model).load_from_checkpoint(path, report=True)
+    score = model.score
+
+    def scored(images, paths=None):
+        found = score(images, paths)
+        raw.update(zip(paths, found.pred_score.tolist(), strict=True))
+        return found
+
+    model.score = scored
+    engine.test(model, datamodule=data_of(mvtec_root), ckpt_path=path, verbose=False)
+    [page], [table] = (list(tmp_path.rglob(name)) for name in ("report.html", "scores.csv"))
+    text, root = Page(page).text, mvtec_root / "tiny"
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    for words in (
+        f"CheckpointPATH, SHA-256 {digest}".replace("PATH", str(path)),
+        f"Training images{root}/train/good (10)",
+        f"These images{root}/test: good (4), square (4)",
+        "images of 64x64 pixels, seed 0",
+        f"It gave the best F1 on 8 validation images ({root}/test: good (4), square (4)).",
+        "All of these 8 images set the threshold themselves",
+    ):
+        assert words in text.replace(" <", "<").replace("> ", ">"), words
+    lines = table_of(table)
+    assert list(lines[0]) == ["path", "kind", "label", "score", "raw score", "verdict"]
+    assert [line["path"] for line in lines] == sorted(map(str, (root / "test").rglob("*.png")))
+    assert {line["path"]: float(line["raw score"]) for line in lines} == {k: pytest.approx(v) for k, v in raw.items()}
+    for line in lines:
+        is_defect = "square" in line["path"]
+        assert (line["kind"], line["label"]) == (("square", "defect") if is_defect else ("good", "good"))
+        assert line["verdict"] == ("rejected" if float(line["score"]) > 0.5 else "accepted")
+    assert {line["verdict"] for line in lines} == {"rejected", "accepted"}
+
+
+def test_threshold_of_good_images_is_said_to_be_so(mvtec_root, tmp_path):
+    model = MODELS["CseGaussian"](**{**COMMON, "report": True, "reject_rate": 0.1})
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    engine.train(model, datamodule=data_of(mvtec_root))
+    [page] = tmp_path.rglob("report.html")
+    text = Page(page).text
+    assert "It is to reject 10 % of good images, by scores of 10 training images" in text
+    assert "set the threshold themselves" not in text
 
 
 LINES = {
     "report.html": "scores and images, to choose a threshold by",
+    "scores.csv": "score and verdict of each image",
     "images": "a picture of each image",
     "weights/lightning/model.ckpt": "the model",
 }
@@ -149,7 +209,11 @@ def test_run_ends_with_where_its_results_are(tests, mvtec_root, tmp_path, monkey
     folder, width = engine.trainer.default_root_dir, max(map(len, found))
     [closing] = said
     untested = [] if tests else ["No images were tested."]
-    assert closing.splitlines() == [
+    *lines, following = closing.splitlines()
+    shape = "--model.backbone=test_efficientnet '--model.layers=[2,3]' '--model.image_size=[64,64]'"
+    checkpoint = f"{folder}/weights/lightning/model.ckpt"
+    assert following == f"Next: anomalib predict --model CseGaussian {shape} --data FOLDER --ckpt_path {checkpoint}"
+    assert lines == [
         *untested,
         f"Results in {folder}",
         *(f"  {file:{width}}  {LINES[file]}" for file in found),
@@ -167,7 +231,8 @@ def test_page_is_not_written_where_it_is_not_wanted(name, trained, mvtec_root, t
         engine.test(model, datamodule=data, verbose=False)
         engine.predict(model, data_path=mvtec_root / "tiny" / "test")
     assert not list(tmp_path.rglob("*.html"))
-    assert not said
+    assert sorted(file.name for file in tmp_path.rglob("*.csv")) == ["scores-predict.csv", "scores.csv"]
+    assert len(said) == 2
 
 
 def test_names_are_shown_as_they_are(tmp_path):
@@ -179,6 +244,7 @@ def test_names_are_shown_as_they_are(tmp_path):
     assert page.data["kinds"] == ["good", "<", "a'b", "defect"]
     assert [page.data["kinds"][kind] for kind in page.data["kind"]] == ["<", "good", "<", "a'b", "good", "defect"]
     assert "6 images: 2 good, 4 with defects (2 <, 1 a'b, 1 defect)" in page.text
+    assert [line["path"] for line in table_of(tmp_path / "scores.csv")] == [*paths, "", ""]
 
 
 def test_pictures_are_those_nearest_to_the_threshold(tmp_path, monkeypatch):
@@ -191,10 +257,9 @@ def test_pictures_are_those_nearest_to_the_threshold(tmp_path, monkeypatch):
     assert "5 of 60 images are shown, those nearest to the threshold" in page.text
     for number, *files in page.pictures:
         image, drawn = (Image.open(BytesIO(base64.b64decode(file))) for file in files)
-        assert (image.size, drawn.size) == ((80, 160), (40, 80))
-        wanted = pictures.COLOURS(every[number], bytes=True)[:3]
-        assert np.abs(np.asarray(drawn)[60, 20].astype(int) - wanted).max() < 12
-        assert np.asarray(drawn)[0, 20].sum() < np.asarray(drawn)[60, 20].sum()
+        assert (image.size, drawn.size, drawn.mode) == ((128, 256), (48, 96), "L")
+        assert abs(int(np.asarray(drawn)[60, 20]) - 255 * every[number]) < 4
+        assert np.asarray(drawn)[0, 20] < np.asarray(drawn)[60, 20]
 
 
 def test_without_thresholds_the_highest_scores_are_shown(tmp_path, monkeypatch):
@@ -225,8 +290,8 @@ def test_what_one_class_cannot_show_is_said(label, words, tmp_path):
 
 
 def test_nothing_is_written_without_scores(tmp_path):
-    report, outputs = Report("network"), batch([0.5], [0], None)
-    options = {"fast_dev_run": False, "test_dataloaders": [], "callback_metrics": {}}
+    report, outputs = Report(), batch([0.5], [0], None)
+    options = {"fast_dev_run": False, "ckpt_path": None, "test_dataloaders": [], "callback_metrics": {}}
     trainer = SimpleNamespace(default_root_dir=tmp_path, **options)
     report.on_test_start(trainer, SimpleNamespace())
     for nothing in (None, torch.zeros(2), outputs.update(pred_score=None)):

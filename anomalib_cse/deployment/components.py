@@ -13,11 +13,11 @@ from torch import nn
 from ..checks import check_flag, check_plain, check_size, plain
 from ..features import FrozenBackbone
 from ..preflight import LABELS, BatchCheck, transform_of
-from ..report import Report
+from ..report import RawScores, Report
 from .evaluator import TwoClassEvaluator
 from .post_processing import MidwayPostProcessor
 from .pre_processing import check_transform, exact, fixed_size, resize_and_crop
-from .visualizer import WholeImageVisualizer
+from .visualizer import VerdictVisualizer
 
 
 class ComponentsMixin(LightningModule):
@@ -46,8 +46,8 @@ class ComponentsMixin(LightningModule):
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
-        """Return anomalib's visualizer, but maps of a centre crop are drawn where they belong."""
-        return WholeImageVisualizer()
+        """Return what draws each image with its verdict."""
+        return VerdictVisualizer()
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -60,10 +60,9 @@ class ComponentsMixin(LightningModule):
     def own_callbacks(self) -> list[Callback]:
         """Return what processes this model's images and scores, and no other's."""
         components: tuple[object, ...] = (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)
-        own = [c for c in components if isinstance(c, Callback)]
-        # after the post-processor, which normalises scores
-        reports = [Report(self.backbone.architecture)] if self.report else []
-        return [BatchCheck(any_size=self.image_size is None), *own, *reports]
+        own, raw = [c for c in components if isinstance(c, Callback)], RawScores()
+        # the post-processor, which normalises scores, is between the two
+        return [BatchCheck(any_size=self.image_size is None), raw, *own, Report(page=self.report, raw=raw)]
 
     def configure_callbacks(self) -> list[Callback]:
         """Return this model's own callbacks."""

@@ -27,6 +27,7 @@ from ..preflight import (
     preflight,
     transform_of,
 )
+from ..report import KEY, Origin
 from .checkpoints import WholeCheckpointIO
 from .components import ComponentsMixin
 from .export import check_compression, compress, export_any_size, keep_single_precision, note_good_scores
@@ -51,6 +52,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
     logged: tuple[str, ...] = ()  # what a fit logs, which callbacks may wait for
     is_refitted = False  # since thresholds were last set by good images, in this fit
     frozen: dict[str, Tensor] | None = None  # the backbone's weights, while fitting
+    origin = Origin()  # of the last fit, or of the checkpoint
 
     @property
     def effective_seed(self) -> int:
@@ -108,6 +110,8 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             trainer.strategy.checkpoint_io = WholeCheckpointIO(self.checkpoint_safe_globals())  # type: ignore[operator]
         restorer = restorer_of(trainer)
         preflight(trainer, stage, self.traits(), others=FOUND[trainer])
+        if stage in (TrainerFn.FITTING, TrainerFn.VALIDATING):
+            self.origin = self.origin.noted(trainer, trains=stage == TrainerFn.FITTING)
         if stage == TrainerFn.FITTING:
             # or the epochs of an earlier model would count as this one's; a checkpoint to resume is read after this
             trainer.fit_loop.epoch_progress.reset()
@@ -237,6 +241,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         checkpoint["hyper_parameters"] = plain(checkpoint["hyper_parameters"] | own)
         for name in COMPONENT_SETTINGS & checkpoint.keys():
             checkpoint[name] = plain(checkpoint[name])
+        checkpoint[KEY] = self.origin.as_plain()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, and take over its pre-processing.
@@ -250,6 +255,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         check_checkpoint(checkpoint, cast(AnomalibModule, self), shaping, recipe, can_resume=self.needs_gradients)
         asked_for = self.image_size
         super().on_load_checkpoint(checkpoint)
+        self.origin = Origin.of(checkpoint)
         self.make_exportable()
         is_given = bool(self.hparams["image_size"] or self.hparams["center_crop_size"])
         check_image_size(self, self.image_size, asked_for, is_given=is_given)

@@ -213,6 +213,12 @@ class MidwayPostProcessor(PostProcessor):
         return {**good._asdict(), "range": float(self.image_max), "errors": good.errors}
 
     @property
+    def rate_in_force(self) -> float | None:
+        """Share of good images that the image threshold is to reject; ``None`` if it does not come from good images."""
+        by_rate = self.knows_good_scores and self.image_min == 0 and self.image_max == 2 * self.image_threshold
+        return spread(self.good_images).rate(float(self.image_threshold)) if by_rate else None
+
+    @property
     def cut(self) -> float:
         """The raw score above which an image is labelled anomalous."""
         cut = float(self.normalized_image_threshold)
@@ -241,6 +247,11 @@ class MidwayPostProcessor(PostProcessor):
         scores = self.unseen.images, self.unseen.varied[0]
         as_they_are, varied = (100 * float((found > self.cut).double().mean()) for found in scores)
         return f" Of these, {as_they_are:.2g} % are rejected as they are, {varied:.2g} % as variations change them."
+
+    @property
+    def has_pixel_threshold(self) -> bool:
+        """Whether pixels have a threshold of their own, and not that of images, as without masks to validate with."""
+        return not bool(self.get_buffer("_pixel_threshold").isnan())
 
     @property
     def has_thresholds(self) -> bool:

@@ -1,6 +1,8 @@
-"""A page of what a test or a prediction has found, to choose a threshold by."""
+"""What a test or a prediction leaves: a table of scores, and a page to choose a threshold by."""
 
-from .callback import Report
-from .pictures import folded, is_strip
+from .callback import RawScores, Report, scale_of
+from .origin import KEY, Origin
+from .page import Scale
+from .pictures import COLOURS, folded, is_strip
 
-__all__ = ["Report", "folded", "is_strip"]
+__all__ = ["COLOURS", "KEY", "Origin", "RawScores", "Report", "Scale", "folded", "is_strip", "scale_of"]

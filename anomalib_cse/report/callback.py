@@ -1,16 +1,12 @@
-"""Notes scores and small pictures while a model is tested or predicts, and has a page made of them."""
+"""Notes scores and small pictures while a model is tested or predicts, and has a table and a page made of them."""
 
-import platform
 import time
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
-from anomalib.visualization import ImageVisualizer
+from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
@@ -18,29 +14,48 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from ..preflight import datamodule_of
-from .page import Record, Scale, name, plural, write_page
+from .facts import facts_of, next_command
+from .page import Record, Scale, write_page
 from .pictures import Picture, Pictures, nearest_pictures
+from .scores import write_scores
 
 Share = tuple[list[Record], list[Picture]]  # of one process
 
 
-class Report(Callback):
-    """Write ``report.html`` at the end of a test, ``report-predict.html`` at that of a prediction.
+class RawScores(Callback):
+    """Keep the latest batch's scores as the model gives them: it has to come before the post-processor."""
 
-    Both go to the trainer's ``default_root_dir``. It has to come after the post-processor, so that scores are
+    latest: list[float] | None = None
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Note the scores of a batch."""
+        del trainer, pl_module, batch, args, kwargs
+        scores = outputs.pred_score if isinstance(outputs, ImageBatch) else None
+        self.latest = None if scores is None else scores.flatten().tolist()
+
+    on_predict_batch_end = on_test_batch_end
+
+
+class Report(Callback):
+    """Write ``scores.csv`` and ``report.html`` at the end of a test, of a prediction ``-predict`` files of both.
+
+    They go to the trainer's ``default_root_dir``. It has to come after the post-processor, so that scores are
     normalised. Nothing is written with ``fast_dev_run``, nor if no batch was an ``ImageBatch`` with scores.
 
     Args:
-        backbone: What to call the model's backbone.
+        page: Whether to write the page; the table is written in any case.
+        raw: What notes scores before the post-processor; ``None`` if nothing does.
     """
 
-    def __init__(self, backbone: str) -> None:
-        self.backbone = backbone
+    def __init__(self, *, page: bool = True, raw: RawScores | None = None) -> None:
+        self.page, self.raw = page, raw
         self.closing = ""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with no images."""
-        del trainer
+        self.checkpoint = trainer.ckpt_path  # Lightning forgets it
         self.records: list[Record] = []
         self.scale = scale_of(getattr(pl_module, "post_processor", None))
         self.pictures = Pictures(self.scale.threshold, normalised=self.scale.normalised)
@@ -57,47 +72,43 @@ class Report(Callback):
         none = [None] * len(scores)
         labels = none if outputs.gt_label is None else outputs.gt_label.flatten().bool().tolist()
         maps = none if outputs.anomaly_map is None else outputs.anomaly_map.flatten(0, -3)  # (B, H, W)
-        images = cast(Tensor, outputs.image)
-        for path, label, score, image, drawn in zip(
-            outputs.image_path or none, labels, scores, images, maps, strict=True
+        images, raw = cast(Tensor, outputs.image), (self.raw and self.raw.latest) or none
+        for path, label, score, own, image, drawn in zip(
+            outputs.image_path or none, labels, scores, raw, images, maps, strict=True
         ):
-            self.pictures.add(len(self.records), score, image, drawn)
-            self.records.append(Record(path and str(path), label, score))
+            if self.page:
+                self.pictures.add(len(self.records), score, image, drawn)
+            self.records.append(Record(path and str(path), label, score, own))
 
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the page of a test."""
-        self.write(trainer, pl_module, "Test", "report.html", trainer.test_dataloaders)
+        """Write the table and the page of a test."""
+        self.write(trainer, pl_module, "Test", "", trainer.test_dataloaders)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the page of a prediction."""
-        self.write(trainer, pl_module, "Prediction", "report-predict.html", trainer.predict_dataloaders)
+        """Write the table and the page of a prediction."""
+        self.write(trainer, pl_module, "Prediction", "-predict", trainer.predict_dataloaders)
 
-    def write(self, trainer: Trainer, pl_module: LightningModule, run: str, file: str, loaders: object) -> None:
-        """Write the page, of all processes' images, in the first process."""
+    def write(self, trainer: Trainer, pl_module: LightningModule, run: str, suffix: str, loaders: object) -> None:
+        """Write both, of all processes' images, in the first process."""
         seconds = time.perf_counter() - self.start
         logged = dict(trainer.callback_metrics)  # in all processes, as they are summed up by it
         records, pictures = joined(gathered((self.records, self.pictures.kept)))
         if not records:
             return
-        model, data = type(pl_module).__name__, data_in_words(trainer, loaders)
-        facts = {
-            "Model": model,
-            "Backbone": self.backbone,
-            **({"Data": data} if data else {}),
-            **threshold_in_words(getattr(pl_module, "post_processor", None)),
-            "Date": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
-            "Time": f"{seconds:.1f} s, {len(records) / seconds:.1f} images a second, reading and drawing included",
-            "Processor": f"{processor(pl_module.device)}, {plural(torch.get_num_threads(), 'thread')}",
-            "Versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "anomalib", "anomalib_cse")),
-        }
-        path = Path(trainer.default_root_dir) / file
-        metrics = {name: float(value) for name, value in logged.items()} if run == "Test" else {}
-        title = f"{run} of {model}{data and f' on {data}'}"
-        write_page(path, title, records, pictures, self.scale, facts, metrics)
-        self.closing = where(path, trainer)
+        folder = Path(trainer.default_root_dir)
+        table, page = folder / f"scores{suffix}.csv", folder / f"report{suffix}.html"
+        write_scores(table, records, self.scale)
+        if self.page:
+            data = data_in_words(trainer, loaders)
+            title = f"{run} of {type(pl_module).__name__}{data and f' on {data}'}"
+            checkpoint = self.checkpoint or saved_in(trainer)
+            facts, warning = facts_of(pl_module, records, seconds, checkpoint)
+            metrics = {name: float(value) for name, value in logged.items()} if run == "Test" else {}
+            write_page(page, title, records, pictures, self.scale, facts, metrics, warning)
+        self.closing = where(trainer, pl_module, page if self.page else None, table)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget a run that has broken off."""
@@ -106,29 +117,36 @@ class Report(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say where the results are, below the metrics that Lightning prints, also if no images were tested."""
-        del pl_module
         if not self.closing and stage == TrainerFn.TESTING and not any(trainer.num_test_batches):
-            self.closing = "\n".join(filter(None, ("No images were tested.", where(None, trainer))))
+            self.closing = "\n".join(filter(None, ("No images were tested.", where(trainer, pl_module))))
         if self.closing:
             rank_zero_info(self.closing)
         self.closing = ""
 
 
-def where(page: Path | None, trainer: Trainer) -> str:
-    """Return where a run's page, pictures and checkpoint are, as far as they lie in its folder, or nothing."""
-    folder, checkpoint = Path(trainer.default_root_dir), getattr(trainer.checkpoint_callback, "best_model_path", "")
-    drawn = any(isinstance(callback, ImageVisualizer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    saved = checkpoint and Path(checkpoint).is_relative_to(folder)  # Lightning restores that of an earlier run, too
+def saved_in(trainer: Trainer) -> Path | None:
+    """Return the checkpoint that a run has saved in its folder; ``None`` if it has not."""
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    # Lightning restores that of an earlier run, too
+    return Path(path) if path and Path(path).is_relative_to(trainer.default_root_dir) else None
+
+
+def where(trainer: Trainer, model: LightningModule, page: Path | None = None, table: Path | None = None) -> str:
+    """Return where a run's results are, as far as they lie in its folder, and the command to go on with; or nothing."""
+    folder, checkpoint = Path(trainer.default_root_dir), saved_in(trainer)
+    drawn = any(isinstance(callback, Visualizer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     found = {
         **({page: "scores and images, to choose a threshold by"} if page else {}),
-        **({folder / "images": "a picture of each image"} if page and drawn else {}),
-        **({Path(checkpoint): "the model"} if saved else {}),
+        **({table: "score and verdict of each image"} if table else {}),
+        **({folder / "images": "a picture of each image"} if table and drawn else {}),
+        **({checkpoint: "the model"} if checkpoint else {}),
     }
     lines = {str(path.relative_to(folder)): text for path, text in found.items() if path.exists()}
     if not lines:
         return ""
     width = max(map(len, lines))
-    return f"Results in {folder}" + "".join(f"\n  {path:{width}}  {text}" for path, text in lines.items())
+    said = f"Results in {folder}" + "".join(f"\n  {path:{width}}  {text}" for path, text in lines.items())
+    return f"{said}\nNext: {next_command(model, checkpoint)}" if checkpoint and checkpoint.exists() else said
 
 
 def scale_of(post_processor: object) -> Scale:
@@ -140,18 +158,9 @@ def scale_of(post_processor: object) -> Scale:
     threshold = post_processor.image_threshold
     if normalised and not threshold.isnan():
         threshold = post_processor.normalized_image_threshold
-    return Scale(None if threshold.isnan() else threshold.item(), normalised)
-
-
-def threshold_in_words(post_processor: object) -> dict[str, str]:
-    """Return how many rejects are expected at the model's threshold, and which training images are unlike others."""
-    expectation = getattr(post_processor, "expectation", "")
-    suspicious = getattr(post_processor, "suspicious", ())
-    listed = ", ".join(f"{name(path, 0)} ({score:.3g})" for path, score in suspicious)
-    return {
-        **({"Rejects, at the model's own threshold": expectation} if expectation else {}),
-        **({"Training images unlike the others": listed} if listed else {}),
-    }
+    has_own = getattr(post_processor, "has_pixel_threshold", not post_processor.pixel_threshold.isnan())
+    pixels = float(post_processor.normalized_pixel_threshold) if normalised and has_own else None
+    return Scale(None if threshold.isnan() else threshold.item(), normalised, pixels)
 
 
 def gathered(share: Share) -> list[Share]:
@@ -184,12 +193,3 @@ def data_in_words(trainer: Trainer, loaders: object) -> str:
     if not any(dataset is getattr(data, "test_data", None) for dataset in datasets):
         return ""
     return ", ".join(filter(None, (getattr(data, name, None) for name in ("name", "category"))))
-
-
-def processor(device: torch.device) -> str:
-    """Return the name of what the model ran on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())

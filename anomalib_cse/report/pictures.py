@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 
-MOST = 1000  # of 5 kB each: a browser has no trouble with these
-IMAGE_SIDE, MAP_SIDE = 160, 80  # most pixels; maps are smooth
+MOST = 1500  # of 10 to 20 kB each: a browser has no trouble with these
+IMAGE_SIDE, MAP_SIDE = 256, 96  # most pixels; maps are smooth
 STRIP = 3  # times as long as wide: such images are folded
-STRIP_SIDE = 320  # most pixels of these
-COLOURS = colormaps["inferno"]  # also in grey, brighter is more
+STRIP_SIDE = 512  # most pixels of these
+COLOURS = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]  # (256, 3); also in grey, brighter is more
 
 Picture = tuple[float, int, bytes, bytes]  # closeness to the threshold, minus the image's number, image, map or nothing
 
@@ -44,7 +44,7 @@ def folded(values: Tensor, gap: float) -> Tensor:
 
 
 class Pictures:
-    """WebP pictures of the images whose scores are nearest to a threshold.
+    """JPEG pictures of the images whose scores are nearest to a threshold.
 
     Args:
         threshold: Of scores; ``None`` keeps the highest scores.
@@ -64,16 +64,16 @@ class Pictures:
         drawn = b"" if anomaly_map is None else self.draw(anomaly_map)
         shown = folded(image.float().clamp(0, 1).cpu(), gap=1)
         side = STRIP_SIDE if is_strip(image) else IMAGE_SIDE
-        entry = (*rank, webp(to_pil_image(shown), side), drawn)
+        entry = (*rank, jpeg(to_pil_image(shown), side, quality=70), drawn)
         (heapq.heapreplace if full else heapq.heappush)(self.kept, entry)
 
     def draw(self, anomaly_map: Tensor) -> bytes:
-        """Return a map ``(H, W)`` in colours."""
+        """Return a map ``(H, W)`` in grey, which the page colours."""
         values = folded(anomaly_map.float().cpu(), gap=float(anomaly_map.min())).numpy()
         if not self.normalised:
             values = (values - values.min()) / (np.ptp(values) or 1)
-        side = STRIP_SIDE if is_strip(anomaly_map) else MAP_SIDE
-        return webp(Image.fromarray(COLOURS(values, bytes=True)).convert("RGB"), side)
+        side = STRIP_SIDE // 2 if is_strip(anomaly_map) else MAP_SIDE
+        return jpeg(Image.fromarray((255 * values).round().astype(np.uint8)), side, quality=90)
 
 
 def nearest_pictures(shares: list[list[Picture]]) -> list[Picture]:
@@ -81,9 +81,9 @@ def nearest_pictures(shares: list[list[Picture]]) -> list[Picture]:
     return heapq.nlargest(MOST, (entry for share in shares for entry in share))
 
 
-def webp(picture: Image.Image, side: int) -> bytes:
-    """Return a picture, of at most ``side`` pixels in height and width, as a file."""
+def jpeg(picture: Image.Image, side: int, quality: int) -> bytes:
+    """Return a picture, of at most ``side`` pixels in height and width, as a file. WebP's take ten times as long."""
     picture.thumbnail((side, side))
     file = BytesIO()
-    picture.save(file, "WEBP", quality=70)
+    picture.save(file, "JPEG", quality=quality)
     return file.getvalue()

@@ -32,12 +32,13 @@ NAMES = [f"{number:03}'\".png" for number in range(COUNT)]
 
 def write(folder, *, labelled):
     """The page of the images above, as the callback writes it."""
-    own, report = MidwayPostProcessor(), Report("network")
+    own, report = MidwayPostProcessor(), Report()
     for name, value in own.named_buffers():
         value.fill_({"min": 0, "max": 1, "threshold": 0.5}.get(name.rpartition("_")[2], 0))
     trainer = SimpleNamespace(
         default_root_dir=folder,
         fast_dev_run=False,
+        ckpt_path=None,
         callbacks=[],
         checkpoint_callback=None,
         callback_metrics={"image_AUROC": 0.9},

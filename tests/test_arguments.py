@@ -20,7 +20,7 @@ from tiny import COMMON, MODELS
 NAN, INF = math.nan, math.inf
 
 OUT_OF_RANGE = {
-    "backbone": ("no timm model", ["nope", None, 3, "swin_tiny_patch4_window7_224"]),
+    "backbone": ("no timm model", ["nope", None, 3]),
     "layers": (r"0\.\.4 or names", [(), 3, (2, 2), (-1, 2), (2, "blocks.2"), (2.0, 3), (True, 3), "blocks.2"]),
     "pre_trained": ("True or False", ["no", None]),
     "embedding_dim": (r"whole number in \[1, inf\)", [0, -1, 1.5, NAN, "8", True, None]),

@@ -30,6 +30,28 @@ def test_features_are_timms_of_the_normalised_image_and_later_layers_are_cut_off
     assert not any(name.startswith(later) for name in backbone.net.state_dict())
 
 
+TRANSFORMERS = ["test_vit", "test_vit3", "swin_tiny_patch4_window7_224"]  # class token, none, channels last
+
+
+@pytest.mark.parametrize("architecture", TRANSFORMERS)
+def test_transformers_give_maps_of_any_block_for_images_of_any_size(architecture):
+    backbone = FrozenBackbone(architecture, (0, 2), pre_trained=False)
+    filled = torch.rand(1, 3, 64, 80)
+    filled[:, :, 50:] = filled[:, :, 49:50]
+    filled[..., 75:] = filled[..., 74:75]
+    whole = timm.create_model(architecture, features_only=True, out_indices=(0, 2), dynamic_img_size=True).eval()
+    whole.load_state_dict(backbone.net.state_dict())
+    expected = whole((filled - backbone.mean) / backbone.std)
+    for found, level, channels in zip(backbone(filled[..., :50, :75]), expected, backbone.channels, strict=True):
+        maps = level.movedim(-1, 1) if level.shape[-1] == channels else level
+        assert torch.allclose(found, maps, atol=1e-5)
+
+
+def test_a_network_of_one_image_size_says_so():
+    assert FrozenBackbone("beit_base_patch16_224", (0,), pre_trained=False).only_size == (224, 224)
+    assert FrozenBackbone("test_vit", (0,), pre_trained=False).only_size is None
+
+
 def test_frozen_in_training_mode():
     backbone = FrozenBackbone(TINY, pre_trained=False).train()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}

@@ -87,6 +87,15 @@ class ComponentsMixin(LightningModule):
                 f"Resize((height, width)); got the transform {transform}"
             )
             raise ValueError(msg)
+        only_size = self.backbone.only_size
+        if only_size not in (None, self.image_size):
+            height, width = only_size
+            msg = (
+                f"backbone {self.backbone.architecture} takes images of {height}x{width} alone, not "
+                f"{'of any size' if self.image_size is None else '{}x{}'.format(*self.image_size)}: give image_size="
+                f"[{height}, {width}] and no center_crop_size"
+            )
+            raise ValueError(msg)
         if self.image_size is not None:
             name = "center_crop_size" if self.hparams["center_crop_size"] else "image_size"
             check_size(name, self.image_size, self.backbone.stride, ", the stride of the coarsest layer")

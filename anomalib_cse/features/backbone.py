@@ -28,15 +28,16 @@ if TYPE_CHECKING:
 
 
 class FrozenBackbone(nn.Module):
-    """Deep features of a pretrained convolutional network that never trains (Section 3.2).
+    """Deep features of a pretrained network that never trains (Section 3.2): convolutional, or a transformer's blocks.
 
     Parameters take no gradient and the module stays in evaluation mode, so that BatchNorm does not move either. Images
-    are normalised here, with the mean and deviation of the backbone's own timm configuration. For networks that came
-    from TensorFlow they are filled up to multiples of the coarsest layer's stride by their last row and column.
+    are normalised here, with the mean and deviation of the backbone's own timm configuration. For transformers, and
+    networks that came from TensorFlow, they are filled up to multiples of the coarsest layer's stride by their last row
+    and column. ``only_size`` is the height and width of the only images that the network takes, mostly ``None``.
 
     Args:
         name: A timm model name, ``local-dir:FOLDER``, or ``pypi:tf_efficientnet_lite0``.
-        layers: Feature levels: timm's ``out_indices`` or the layers' module names.
+        layers: Feature levels: timm's ``out_indices``, of a transformer its blocks, or the layers' module names.
         pre_trained: Load pretrained weights; ``False`` asks for random ones.
         weights: A ``.safetensors`` or ``.pth`` file with the backbone's weights, in place of the hub's.
 
@@ -58,22 +59,26 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         check_flag("pre_trained", pre_trained)
         architecture = timm_name(name)
-        self.levels = resolve_layers(architecture, layers)
+        described, options = description(architecture)
+        self.levels = resolve_layers(described, layers)
         check_sources(name, pre_trained, weights)
         at_hand = weights is not None or name == PYPI_BACKBONE or name.startswith(LOCAL)
-        self.net = features_of(architecture, pretrained=pre_trained and not at_hand, out_indices=self.levels)
+        self.net = features_of(architecture, pretrained=pre_trained and not at_hand, out_indices=self.levels, **options)
         if pre_trained and name == PYPI_BACKBONE:
             load_weights(self.net, lite0_state_dict(), PYPI_PACKAGE)
         elif pre_trained and at_hand:
             file = existing(weights or weights_in(name))
-            load_weights(self.net, read_weights(file), file)
+            load_weights(getattr(self.net, "model", self.net), read_weights(file), file)
         truncate(self.net)
-        self.fills = fix_padding(self.net)
+        self.fills = fix_padding(self.net) or bool(options)
+        self.channels_last = getattr(self.net, "output_fmt", Format.NCHW) == Format.NHWC
         self.net.to(memory_format=torch.channels_last)  # what convolutions on a CPU prefer
         self.architecture: str = self.net.pretrained_cfg["architecture"]  # type: ignore[assignment, index]
         self.strides: list[int] = self.net.feature_info.reduction()
         self.channels: list[int] = self.net.feature_info.channels()
         config = timm.data.resolve_data_config({}, model=self.net)
+        fixed = self.net.pretrained_cfg.get("fixed_input_size") and not options  # type: ignore[union-attr, operator]
+        self.only_size: tuple[int, int] | None = tuple(config["input_size"][1:]) if fixed else None
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
         self.requires_grad_(requires_grad=False)
@@ -98,7 +103,8 @@ class FrozenBackbone(nn.Module):
         check_pixels(images)
         if self.fills:
             images = filled_up(images, self.stride)
-        return self.net((images - self.mean) / self.std)
+        features = self.net((images - self.mean) / self.std)
+        return [f.permute(0, 3, 1, 2) for f in features] if self.channels_last else features
 
 
 def check_sources(name: str, pre_trained: bool, weights: str | Path | None) -> None:
@@ -178,22 +184,33 @@ def timm_name(name: str) -> str:
     return name
 
 
-def resolve_layers(architecture: str, layers: Sequence[int] | Sequence[str]) -> list[int]:
+def description(architecture: str) -> tuple["FeatureListNet", dict[str, bool]]:
+    """Return a network without its weights, and the options by which timm has it take images of any size."""
+    try:
+        net, options = described(architecture, dynamic_img_size=True), {"dynamic_img_size": True}
+    except TypeError:  # all but transformers, and some of these, know no such option
+        net, options = described(architecture), {}
+    return net, options
+
+
+def described(architecture: str, **options: bool) -> "FeatureListNet":
+    """Create a network to look at what it is made of, if possible without memory for weights."""
+    try:
+        with torch.device("meta"):
+            return features_of(architecture, pretrained=False, **options)
+    except NotImplementedError:  # some networks compute their own shape in tensors, which takes a newer torch or timm
+        with torch.random.fork_rng(devices=[]):
+            return features_of(architecture, pretrained=False, **options)
+
+
+def resolve_layers(net: "FeatureListNet", layers: Sequence[int] | Sequence[str]) -> list[int]:
     """Return timm's feature levels for layer numbers or module names, from fine to coarse.
 
     Raises:
-        ValueError: If a layer is unknown or repeated, or none is given, or the network gives no maps.
+        ValueError: If a layer is unknown or repeated, or none is given.
     """
-    try:
-        with torch.device("meta"):  # only the description is wanted, no weights
-            net = features_of(architecture, pretrained=False)
-    except NotImplementedError:  # some networks compute their own shape in tensors, which takes a newer torch or timm
-        with torch.random.fork_rng(devices=[]):
-            net = features_of(architecture, pretrained=False)
-    if getattr(net, "output_fmt", Format.NCHW) != Format.NCHW:  # transformers that keep channels last
-        msg = f"backbone={architecture!r} is no timm model that gives maps (B, C, H, W): take a convolutional one"
-        raise ValueError(msg)
-    names: list[str] = net.feature_info.module_name()
+    info = net.feature_info
+    names: list[str] = info.module_name(list(range(len(info.info))))  # of a transformer, timm selects the last three
     known: dict[int | str, int] = {
         **{level: level for level in range(len(names))},
         **{n: i for i, n in enumerate(names)},

@@ -47,6 +47,15 @@ def test_transformers_give_maps_of_any_block_for_images_of_any_size(architecture
         assert torch.allclose(found, maps, atol=1e-5)
 
 
+def test_positions_resampled_once_are_those_resampled_for_every_image():
+    backbone = FrozenBackbone("test_vit", (3,), pre_trained=False)
+    images = torch.rand(1, 3, 70, 100)
+    [expected] = backbone(images)
+    backbone.fit_to((70, 100))
+    assert backbone.net.model.pos_embed.shape[1] == 1 + 5 * 7  # a class token, and patches of 16 pixels
+    assert torch.allclose(backbone(images)[0], expected, atol=1e-5)
+
+
 def test_a_network_of_one_image_size_says_so():
     assert FrozenBackbone("beit_base_patch16_224", (0,), pre_trained=False).only_size == (224, 224)
     assert FrozenBackbone("test_vit", (0,), pre_trained=False).only_size is None

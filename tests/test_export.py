@@ -21,7 +21,9 @@ from onnxruntime import InferenceSession
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
-from tiny import QUIET
+from anomalib_cse import CseGaussian
+
+from tiny import COMMON, QUIET, data_of
 
 CAMERA_LOOP = Path(__file__).parents[1] / "examples" / "camera_loop.py"
 SIZES = [(64, 64), (300, 517), (40, 30), (2000, 600)]  # as trained, larger and not square, smaller, far larger
@@ -184,6 +186,19 @@ def test_every_runtime_gives_the_scores_of_the_engine(name, kind, size, runtimes
     assert_same(run(batch[:1]), first)
     if kind != ExportType.ONNX:  # anomalib's inferencers read files too
         assert_same(run(images / size / "0.png"), first)
+
+
+def test_a_transformer_exports_the_scores_of_the_engine(mvtec_root, tmp_path):
+    arguments = COMMON | {"backbone": "test_vit", "layers": (1,), "image_size": (80, 64)}
+    model, data = CseGaussian(**arguments, visualizer=False), data_of(mvtec_root)
+    engine = Engine(default_root_dir=tmp_path, **QUIET)
+    engine.fit(model, datamodule=data)
+    file = next((mvtec_root / "tiny" / "test" / "square").iterdir())
+    found = OpenVINOInferencer(engine.export(model, "openvino", tmp_path)).predict(read_image(file))
+    with torch.no_grad():
+        expected = model.eval()(read_image(file, as_tensor=True)[None])
+    for name, tolerance in TOLERANCE.items():
+        assert np.abs(getattr(found, name).astype(float) - getattr(expected, name).double().numpy()).max() <= tolerance
 
 
 def test_scores_to_compare_differ(expected):

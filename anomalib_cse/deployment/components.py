@@ -96,7 +96,14 @@ class ComponentsMixin(LightningModule):
                 f"[{height}, {width}] and no center_crop_size"
             )
             raise ValueError(msg)
+        if self.image_size is None and self.backbone.embeds_positions:
+            msg = (
+                f"backbone {self.backbone.architecture} embeds positions, which an exported file cannot resample to "
+                "images of any size: give image_size, or another backbone, such as a DINOv3 or a convolutional one"
+            )
+            raise ValueError(msg)
         if self.image_size is not None:
+            self.backbone.fit_to(self.image_size)
             name = "center_crop_size" if self.hparams["center_crop_size"] else "image_size"
             check_size(name, self.image_size, self.backbone.stride, ", the stride of the coarsest layer")
         if isinstance(self.pre_processor, PreProcessor) and self.pre_processor.transform:

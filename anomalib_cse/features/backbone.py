@@ -89,6 +89,20 @@ class FrozenBackbone(nn.Module):
         """The stride of the coarsest layer, in pixels."""
         return max(self.strides)
 
+    @property
+    def embeds_positions(self) -> bool:
+        """Whether the network adds what it has learnt of every position, for images of one size."""
+        return getattr(getattr(self.net, "model", None), "pos_embed", None) is not None
+
+    def fit_to(self, size: tuple[int, int]) -> None:
+        """Resample what a transformer knows of positions, once and for all, to images of a height and width.
+
+        It would do so for every image, but what ONNX and OpenVINO resample is not what torch does.
+        """
+        if self.embeds_positions and self.only_size is None:
+            whole = [-(-length // self.stride) * self.stride for length in size]
+            self.net.model.set_input_size(img_size=whole)  # type: ignore[operator, union-attr]
+
     def train(self, mode: bool = True) -> "FrozenBackbone":
         """Stay in evaluation mode, whatever ``mode`` is asked for."""
         del mode

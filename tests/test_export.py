@@ -189,7 +189,7 @@ def test_every_runtime_gives_the_scores_of_the_engine(name, kind, size, runtimes
 
 
 def test_a_transformer_exports_the_scores_of_the_engine(mvtec_root, tmp_path):
-    arguments = COMMON | {"backbone": "test_vit", "layers": (1,), "image_size": (80, 64)}
+    arguments = COMMON | {"backbone": "test_vit", "layers": (1,), "image_size": (66, 88)}
     model, data = CseGaussian(**arguments, visualizer=False), data_of(mvtec_root)
     engine = Engine(default_root_dir=tmp_path, **QUIET)
     engine.fit(model, datamodule=data)

@@ -20,6 +20,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from anomalib_cse.deployment.post_processing import MidwayPostProcessor
 from anomalib_cse.report import Report, pictures
 from anomalib_cse.report.callback import joined
+from anomalib_cse.report.origin import KEY, Origin, mark, threshold_source
 from anomalib_cse.report.page import Record
 
 from tiny import COMMON, MODELS, QUIET, data_of
@@ -186,6 +187,28 @@ def test_threshold_of_good_images_is_said_to_be_so(mvtec_root, tmp_path):
     text = Page(page).text
     assert "It is to reject 10 % of good images, by scores of 10 training images" in text
     assert "set the threshold themselves" not in text
+
+
+def test_source_of_the_threshold_is_what_set_it(tmp_path):
+    paths = [str(tmp_path / "good" / f"{number}.png") for number in range(3)]
+    (tmp_path / "good").mkdir()
+    for number, path in enumerate(paths):
+        Path(path).write_bytes(bytes(number))
+    origin = Origin({}, {str(tmp_path / "good"): 3}, frozenset(map(mark, paths)))
+    own, moved = post_processor(), tmp_path / "moved" / "good"
+    moved.mkdir(parents=True)
+    for path in paths[:2]:
+        (moved / Path(path).name).write_bytes(Path(path).read_bytes())
+    elsewhere = [str(moved / Path(path).name) for path in paths[:2]]
+    Path(paths[2]).write_bytes(bytes(9))  # of the same name, and another image
+    source, warning = threshold_source(own, origin, [*elsewhere, paths[2], None])
+    assert source == f"It gave the best F1 on 3 validation images ({tmp_path}/good (3))."
+    assert warning.startswith("2 of these 3 images set the threshold themselves")
+    assert threshold_source(own, origin, paths[2:])[1] == ""
+    assert "no best F1" in threshold_source(own, origin._replace(has_both=False), paths)[0]
+    assert threshold_source(MidwayPostProcessor(), origin, paths)[0].startswith("There is none")
+    assert Origin.of({KEY: origin.as_plain()}) == origin
+    assert Origin.of({}) == Origin()
 
 
 LINES = {

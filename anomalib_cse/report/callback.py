@@ -104,8 +104,7 @@ class Report(Callback):
         if self.page:
             data = data_in_words(trainer, loaders)
             title = f"{run} of {type(pl_module).__name__}{data and f' on {data}'}"
-            checkpoint = self.checkpoint or saved_in(trainer)
-            facts, warning = facts_of(pl_module, records, seconds, checkpoint)
+            facts, warning = facts_of(pl_module, records, seconds, self.checkpoint, saved_in(trainer))
             metrics = {name: float(value) for name, value in logged.items()} if run == "Test" else {}
             write_page(page, title, records, pictures, self.scale, facts, metrics, warning)
         self.closing = where(trainer, pl_module, page if self.page else None, table)

@@ -21,7 +21,11 @@ PACKAGES = ("torch", "timm", "lightning", "anomalib", "anomalib_cse")
 
 
 def facts_of(
-    model: LightningModule, records: Sequence[Record], seconds: float, checkpoint: str | Path | None
+    model: LightningModule,
+    records: Sequence[Record],
+    seconds: float,
+    loaded: str | Path | None,
+    saved: str | Path | None,
 ) -> tuple[dict[str, str], str]:
     """Return what there is to say of a run, by its name, and a warning about the threshold or ``""``.
 
@@ -29,7 +33,8 @@ def facts_of(
         model: The model.
         records: Of all images.
         seconds: What it took.
-        checkpoint: The file that the model was loaded from, or was saved to; ``None`` if there is none.
+        loaded: The checkpoint that the run was given; ``None`` if the model was in memory.
+        saved: The one that the trainer's last fit has saved, if it has.
     """
     own, origin = getattr(model, "post_processor", None), getattr(model, "origin", Origin())
     given: Mapping[str, Any] = getattr(model, "hparams", {})
@@ -40,9 +45,7 @@ def facts_of(
     facts = {
         "Model": f"{type(model).__name__}, {in_pixels(getattr(model, 'image_size', None))}, {seed_in_words(given)}",
         "Backbone": getattr(getattr(model, "backbone", None), "architecture", "unknown"),
-        "Checkpoint": f"{checkpoint}, SHA-256 {sha256(Path(checkpoint))}"
-        if checkpoint
-        else "none: as it was in memory",
+        "Checkpoint": checkpoint_in_words(loaded, saved),
         "Training images": listed(origin.training) or "not known: the checkpoint does not name them",
         "These images": listed(folders(images)) if images else "not known: they came without paths",
         "Threshold": source,
@@ -55,6 +58,14 @@ def facts_of(
         "Versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
     }
     return {what: said for what, said in facts.items() if said}, warning
+
+
+def checkpoint_in_words(loaded: str | Path | None, saved: str | Path | None) -> str:
+    """Return which file a model was loaded from, or saved to."""
+    file = loaded or saved
+    if not file:
+        return "none was given: the model was in memory"
+    return f"{file}{'' if loaded else ', saved by the fit before this'}, SHA-256 {sha256(Path(file))}"
 
 
 def in_pixels(size: Sequence[int] | None) -> str:

@@ -21,19 +21,25 @@ class Origin(NamedTuple):
         training: Numbers of training images by their folders.
         validation: Numbers of the images last validated with, by their folders.
         validated: A short mark of each of these, see :func:`mark`.
+        has_both: Whether some of these are good and some defective, or it is not known.
     """
 
     training: Mapping[str, int] = {}
     validation: Mapping[str, int] = {}
     validated: frozenset[str] = frozenset()
+    has_both: bool = True
 
     def noted(self, trainer: Trainer, *, trains: bool) -> "Origin":
         """Return what is known once a trainer's datamodule has been fitted to, or validated with alone."""
         datasets = datasets_of(datamodule_of(trainer))
-        training, validation = ([sample.image for sample in samples_of(datasets[part])] for part in ("train", "val"))
-        validation = validation if trainer.limit_val_batches else []
+        training = [sample.image for sample in samples_of(datasets["train"])]
+        samples = samples_of(datasets["val"]) if trainer.limit_val_batches else []
+        validation = [sample.image for sample in samples]
         return Origin(
-            folders(training) if trains else self.training, folders(validation), frozenset(map(mark, validation))
+            training=folders(training) if trains else self.training,
+            validation=folders(validation),
+            validated=frozenset(map(mark, validation)),
+            has_both=len({sample.is_defect for sample in samples}) != 1,
         )
 
     def as_plain(self) -> dict[str, Any]:
@@ -42,13 +48,14 @@ class Origin(NamedTuple):
             "training": dict(self.training),
             "validation": dict(self.validation),
             "validated": sorted(self.validated),
+            "has_both": self.has_both,
         }
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> "Origin":
         """Read what a checkpoint has kept; one of an earlier version has kept nothing."""
         kept = checkpoint.get(KEY, {})
-        return cls(kept.get("training", {}), kept.get("validation", {}), frozenset(kept.get("validated", ())))
+        return cls(**{**kept, "validated": frozenset(kept.get("validated", ()))})
 
 
 def mark(path: str) -> str:
@@ -99,6 +106,8 @@ def threshold_source(own: object, origin: Origin, tested: Iterable[str | None]) 
     number = sum(origin.validation.values())
     where = f" on {number:,} validation images ({listed(origin.validation)})" if number else " on validation images"
     source = f"It gave the best F1{where}."
+    if not origin.has_both:
+        source = f"It lies at the end of the scores{where}. These are of one kind, so there is no best F1."
     paths = [path for path in tested if path]
     same = sum(mark(path) in origin.validated for path in paths) if origin.validated else 0
     if not same:

@@ -532,6 +532,7 @@ $("number").addEventListener("change", () => {
     $("number").value = shown(threshold);
     return;
   }
+  $("number").value = $("number").value.trim().replace(",", ".");
   setThreshold(value);
   if (value !== threshold) say(`${value} is beyond the scores: the threshold is ${shown(threshold)}, the ${value > threshold ? "highest" : "lowest"} that there is`);
 });

@@ -30,7 +30,7 @@ COUNT = 200  # more than are shown at first
 SCORES = np.random.default_rng(0).integers(0, 101, COUNT) / 100
 OF = [KINDS[number % len(KINDS)] for number in range(COUNT)]
 SCORES[np.array(OF) == "good"] *= 0.7
-SCORES = SCORES.astype(np.float32).astype(float)  # as models give them
+SCORES = np.maximum(SCORES, 0.01).astype(np.float32).astype(float)  # as models give them; no defect at the scale's end
 NAMES = [f"{number:03}'\".png" for number in range(COUNT)]
 
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import label
 
-from anomalib_cse.report.callback import processor
+from anomalib_cse.report.facts import processor
 
 Row = dict[str, str | float]
 Network = Callable[[np.ndarray], object]  # takes images (B, 3, H, W) in [0, 1]

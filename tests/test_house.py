@@ -13,7 +13,7 @@ HOUSE = Path(anomalib_cse.__file__).parent
 MODELS = {"features", "synthesis", "deployment", "checks"}
 MAY_KNOW = {
     "cse": MODELS,
-    "cse_gaussian": MODELS,
+    "cse_gaussian": {*MODELS, "preflight"},
     "deployment": {"preflight", "features", "report", "checks", "plugin"},
     "preflight": {"checks", "plugin"},
     "features": {"checks"},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..synthesis import AnomalySynthesis
 from .defects import corrupted_features, defect_moments
+from .known import KnownDefect, known_moments, with_known
 from .moments import RIDGE, Moments, contrastive_directions, evidence, inverse_root, prior_strength
 from .sample import SampledBatch, TrainingSample, batches
 from .torch_model import CseGaussianModel, GaussianMap, from_border
@@ -30,12 +31,13 @@ NOTHING_STANDS_OUT = (
 class Fit(NamedTuple):
     """What a model was fitted by, beside the sample: moments of defects and of variations, and what positions share.
 
-    Moments are of the images of each fold, and of each layer. A layer's strength is how many images the covariance
-    counts for that all positions share; infinite if it is the only one.
+    Moments are of the images of each fold, and of each layer; those of known defects are in no fold. A layer's strength
+    is how many images the covariance counts for that all positions share; infinite if it is the only one.
     """
 
     defects: list[list[Moments]]
     changes: list[list[Moments]]
+    known: list[Moments]
     strengths: list[float]
 
 
@@ -46,11 +48,13 @@ def fit(
     synthesis: AnomalySynthesis,
     variations: Sequence[str],
     seed: int,
+    known: Sequence[KnownDefect] = (),
 ) -> Fit:
     """Fit a model's maps and the weights of its layers to the training images, with defects as the seed draws them.
 
     As many images get synthetic defects as there are, within bounds; with several processes, as many as the first one
-    has. ``variations`` are kinds of :data:`~anomalib_cse.cse_gaussian.variations.VARIATIONS`.
+    has. ``variations`` are kinds of :data:`~anomalib_cse.cse_gaussian.variations.VARIATIONS`. ``known`` defects count
+    beside synthetic ones; where they have no masks, a fit without them says where they are.
 
     Raises:
         ValueError: If features are not finite or all alike, no synthetic defect is there, or none stands out.
@@ -59,14 +63,24 @@ def fit(
     count = min(max(sample.count, FEWEST_CORRUPTED), MOST_CORRUPTED)
     defects = defect_moments(corrupted_features(model, sample.kept, synthesis, count, seed), sample.moments)
     changes = change_moments(model, sample.kept, variations, seed)
+    model.image_size.copy_(torch.tensor(sample.kept[0].image.shape[-2:]))
+    fitted = Fit(defects, changes, [Moments(m.first.shape[-1], device=m.first.device) for m in sample.moments], [])
+    if any(defect.mask is None for defect in known):
+        fit_by(model, sample, fitted)
+    fitted = fitted._replace(known=known_moments(model, known, sample.moments))
+    return fit_by(model, sample, fitted)
+
+
+def fit_by(model: CseGaussianModel, sample: TrainingSample, fitted: Fit) -> Fit:
+    """Fit a model by moments, of the sample and of a fit; return that with the strengths that follow."""
     pooled = [m.pooled() for m in sample.moments]
-    factors = fit_directions(model, pooled, over_folds(defects), over_folds(changes))
+    defects = with_known(over_folds(fitted.defects), fitted.known)
+    factors = fit_directions(model, pooled, defects, over_folds(fitted.changes))
     if useless := without_evidence(model.backbone.levels, factors):
         rank_zero_warn(f"{NOTHING_STANDS_OUT.format(', '.join(useless))}; it counts for nothing")
-    model.image_size.copy_(torch.tensor(sample.kept[0].image.shape[-2:]))
     strengths = [strength_of(*of_layer) for of_layer in zip(model.maps, sample.moments, strict=True)]
     fit_covariances(model, sample.moments, factors, strengths, batches(sample.kept))
-    return Fit(defects, changes, strengths)
+    return fitted._replace(strengths=strengths)
 
 
 def over_folds(moments: Sequence[list[Moments]]) -> list[Moments]:

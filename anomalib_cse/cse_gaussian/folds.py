@@ -8,6 +8,7 @@ import torch
 
 from ..deployment import UnseenScores, extremes
 from .fit import Fit, fit_covariances, fit_directions, over_folds
+from .known import with_known
 from .moments import Moments
 from .sample import FOLDS, TrainingSample, batches
 from .torch_model import CseGaussianModel
@@ -38,7 +39,7 @@ def unseen_scores(
                 m.add_maps(f, seen.weights(layer))
         left = [m - u for m, u in zip(moments, of_unseen, strict=True)]
         defects, changes = (over_folds(without(of_folds, number)) for of_folds in (fitted.defects, fitted.changes))
-        factors = fit_directions(partial, [m.pooled() for m in left], defects, changes)
+        factors = fit_directions(partial, [m.pooled() for m in left], with_known(defects, fitted.known), changes)
         others = batches([one for one in sample.kept if one.fold != number])
         fit_covariances(partial, left, factors, fitted.strengths, others)
         for seen in batches(unseen):

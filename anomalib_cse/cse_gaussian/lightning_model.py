@@ -1,6 +1,7 @@
 """CseGaussian in anomalib: one pass over the training images, then the closed form."""
 
 from collections.abc import Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 
 from ..checks import check_fit, check_kinds, check_large_enough, plain
 from ..deployment import DeploymentMixin, UnseenScores, choose_post_processor, choose_pre_processor, transform_of
+from ..preflight import ModelTraits, Sample, known_samples
 from ..synthesis import KINDS, AnomalySynthesis, Stream, download_textures, generator_for, textures_from
 from .fit import Fit, fit, own_share
 from .folds import unseen_scores
+from .known import check_known, read_known
 from .region import check_same_region, region_of
 from .sample import FOLDS, TrainingSample, in_one_pass, in_passes
 from .torch_model import CseGaussianModel, positions_inside
@@ -53,6 +56,10 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             no download.
         download_dtd: Download DTD to ``dtd_dir`` if that does not exist or is empty.
         defects: Kinds of synthetic defects, out of ``structural``, ``textural`` and ``blur``.
+        known_defects: Folder with images of real defects, and folders in it: they count beside the synthetic ones, the
+            more the more there are. Images to validate and test with must be others.
+        known_masks: Folder with their masks, bright where the defect is: that of ``A/B.png`` is ``A/B.png`` or
+            ``A/B_mask.png`` there, of any image format. ``None`` takes what stands out most without them.
         variations: What another day, lamp, lens or camera may do to good images, and scores shall hardly rise by:
             ``light`` (brightness, contrast and a slope from left to right, 20 % each), ``noise`` (5 of 255 grey
             values), ``blur`` (1.2 pixels), ``cast`` (10 % of each colour), in pixels that the network sees. Leave out
@@ -89,6 +96,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         dtd_dir: str | Path = "builtin",
         download_dtd: bool = False,
         defects: Sequence[str] = KINDS,
+        known_defects: str | Path | None = None,
+        known_masks: str | Path | None = None,
         variations: Sequence[str] = tuple(VARIATIONS),
         image_size: tuple[int, int] | None = None,
         center_crop_size: tuple[int, int] | None = None,
@@ -108,6 +117,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         roi, memory_budget, reject_rate, seed, report = map(plain, (roi, memory_budget, reject_rate, seed, report))
         check_fit(memory_budget, seed, KINDS, defects, dtd_dir, download_dtd)
         check_kinds("variations", variations, tuple(VARIATIONS))
+        check_known(known_defects, known_masks)
         super().__init__(
             pre_processor=choose_pre_processor(pre_processor, image_size, center_crop_size),
             post_processor=choose_post_processor(post_processor, reject_rate),
@@ -145,6 +155,16 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         """Download DTD if asked to; Lightning has one process do this."""
         if self.hparams["download_dtd"] and self.trainer.state.fn == TrainerFn.FITTING:
             download_textures(self.hparams["dtd_dir"])
+
+    def known_samples(self) -> list[Sample]:
+        """Return the images of known defects; raise an ``OSError`` or a ``ValueError`` if these cannot be had."""
+        defects, masks = self.hparams["known_defects"], self.hparams["known_masks"]
+        return known_samples(defects, masks, ("known_defects", "known_masks")) if defects else []
+
+    def traits(self) -> ModelTraits:
+        """Return what the preflight is to know of the model, with the known defects of a fit."""
+        is_fit = self.trainer.state.fn == TrainerFn.FITTING
+        return replace(super().traits(), known=self.known_samples() if is_fit else ())
 
     def setup(self, stage: str) -> None:
         """Forget a fit that broke off."""
@@ -223,7 +243,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         if self.trainer.world_size > 1:
             sample.sum_over_processes(lambda values: strategy.reduce(values, reduce_op="sum"))
         if synthesis is not None:  # in the first process
-            fitted = fit(self.model, sample, synthesis.to(self.device), self.hparams["variations"], seed)
+            known = read_known(self.known_samples(), transform_of(self.pre_processor))
+            fitted = fit(self.model, sample, synthesis.to(self.device), self.hparams["variations"], seed, known)
             if sample.has_positions:
                 shares = (own_share(*of_layer) for of_layer in zip(sample.moments, fitted.strengths, strict=True))
                 listed = ", ".join(
@@ -258,9 +279,9 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         self.run = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the mask's file out: the region of interest is among the buffers."""
+        """Leave files out that have been read: the region of interest is among the buffers."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["hyper_parameters"]["roi"] = None
+        checkpoint["hyper_parameters"] |= dict.fromkeys(("roi", "known_defects", "known_masks"))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the checkpoint; raise a ``ValueError`` if it has another region of interest than was given."""

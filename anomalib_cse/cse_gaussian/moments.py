@@ -130,6 +130,10 @@ class Moments:
         """Return the moments of the vectors that this one has been given and ``other``, given some of them, has not."""
         return self.of_sums(self.weight - other.weight, self.first - other.first, self.second - other.second)
 
+    def times(self, factor: float) -> "Moments":
+        """Return the moments of the same vectors, each of so many times its weight."""
+        return self.of_sums(self.weight * factor, self.first * factor, self.second * factor)
+
     def pooled(self) -> "Moments":
         """Return the moments of the vectors of all kinds taken together."""
         kinds = tuple(range(self.weight.dim() - 1))

@@ -14,7 +14,8 @@ from .batches import BatchCheck
 from .checkpoint import check_checkpoint, check_image_size
 from .dataset import inspect
 from .findings import Finding, settle
-from .images import check_layout, datasets_of, loader_findings, loaders_in, mixed_batches, samples_of
+from .images import Sample, check_layout, datasets_of, loader_findings, loaders_in, mixed_batches, samples_of
+from .known import known_findings, known_samples
 from .trainer import (
     LABELS,
     ModelTraits,
@@ -41,6 +42,7 @@ __all__ = [
     "LABELS",
     "BatchCheck",
     "ModelTraits",
+    "Sample",
     "check_checkpoint",
     "check_exportable",
     "check_image_size",
@@ -48,6 +50,8 @@ __all__ = [
     "datamodule_of",
     "datasets_of",
     "exports_exactly",
+    "known_findings",
+    "known_samples",
     "loader_findings",
     "preflight",
     "samples_of",
@@ -105,6 +109,8 @@ def data_findings(
         samples["train"], samples["val"], samples["test"], resized_to(pre_processor), whole=whole
     )
     findings += found
+    if read:
+        findings += known_findings(traits.known, samples["train"], [*samples["val"], *samples["test"]])
     if traits.image_size is None:
         parts = [part for part in ("train", "val") if samples[part]]
         loaders = [loader for part in parts for loader in loaders_in(getattr(data, f"{part}_dataloader")())]

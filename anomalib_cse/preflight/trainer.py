@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from .findings import Finding, error, warning
-from .images import datasets_of
+from .images import Sample, datasets_of
 
 LABELS = {"pred_label", "pred_mask"}
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
@@ -39,6 +39,7 @@ class ModelTraits:
         needs_gradients: Whether it is trained step by step, by a schedule with an end; else it is fitted in one epoch.
         logged: What it logs while fitting, its evaluator's metrics apart.
         labelled: Which of ``"val"`` and ``"test"`` batches get labels, as far as that is known before.
+        known: Images of defects that it is to learn from.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ModelTraits:
     needs_gradients: bool
     logged: frozenset[str]
     labelled: frozenset[str]
+    known: Sequence[Sample] = ()
 
 
 def datamodule_of(trainer: object) -> AnomalibDataModule | None:

@@ -97,7 +97,7 @@ class Drift:
         self.has_moved = True
         return (
             f"the last {self.RECENT} scores have moved by {shift:+.1f} deviations from those of good training images: "
-            "if these frames show good parts, the rate of rejects is no longer that of training"
+            "if these frames show good parts, have the model learn of them (python -m anomalib_cse.learn)"
         )
 
 

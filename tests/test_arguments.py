@@ -34,6 +34,7 @@ OUT_OF_RANGE = {
     "defects": ("some of", [[], "blur", None, 3, ["scratch"], ["blur", 3], ["blur", "blur"], [["blur"]]]),
     "known_defects": ("a folder or None", ["", 3, True]),
     "known_masks": ("a folder or None", ["", 3, True]),
+    "keep_sums": ("True or False", ["yes", None]),
     "learning_rate": (r"number in \(0, inf\)", [0, -1e-3, NAN, INF, "x", None]),
     "holdout_ratio": (r"number in \[0, 1\)", [-0.1, 1, 1.5, NAN, "x", None]),
     "image_size": (r"\(height, width\)", [(0, 64), (-1, 64), (64,), 64, (64, 64, 3), (64.5, 64), ("a", 64), ()]),

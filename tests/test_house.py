@@ -20,6 +20,7 @@ MAY_KNOW = {
     "synthesis": {"checks"},
     "data": {"preflight", "checks"},
     "report": {"preflight", "checks"},
+    "learn": {"cse_gaussian", "deployment"},
 }
 LIBRARIES = {"torch", "torchvision", "timm", "kornia", "PIL", "numpy", *sys.stdlib_module_names}
 

@@ -79,7 +79,8 @@ def fit_by(model: CseGaussianModel, sample: TrainingSample, fitted: Fit) -> Fit:
     if useless := without_evidence(model.backbone.levels, factors):
         rank_zero_warn(f"{NOTHING_STANDS_OUT.format(', '.join(useless))}; it counts for nothing")
     strengths = [strength_of(*of_layer) for of_layer in zip(model.maps, sample.moments, strict=True)]
-    fit_covariances(model, sample.moments, factors, strengths, batches(sample.kept))
+    fit_covariances(model, sample.moments, factors, strengths)
+    fit_scales(model, batches(sample.kept))
     return fitted._replace(strengths=strengths)
 
 
@@ -171,9 +172,8 @@ def fit_covariances(
     moments: Sequence[Moments],
     factors: Sequence[Tensor],
     strengths: Sequence[float],
-    shown: Iterable[SampledBatch],
 ) -> None:
-    """Fit covariances, scales, and the layers' weights.
+    """Fit covariances, and the layers' weights.
 
     A covariance is what the position's own images say, and what all say, which is 1 in the embedding and counts for so
     many images as the layer's strength. If that is infinite, all positions have the same.
@@ -183,7 +183,6 @@ def fit_covariances(
         moments: Of each layer; of every position, if its strength is finite.
         factors: See :func:`fit_directions`.
         strengths: Of each layer.
-        shown: Images by which the scales are measured.
     """
     for gaussian, of_layer, factor, strength in zip(model.maps, moments, factors, strengths, strict=True):
         if math.isinf(strength):
@@ -192,11 +191,34 @@ def fit_covariances(
         own = (of_layer.weight / (of_layer.weight + strength))[..., None]
         shrunk = own * embedded(gaussian, of_layer) + (1 - own) * torch.eye(len(factor)).to(factor)
         gaussian.set("roots", inverse_root(shrunk) * factor.sqrt())
-    for gaussian, (total, weight) in zip(model.maps, distances(model, shown), strict=True):
-        mean = mean_of if gaussian.has_positions else of_rows_and_columns
-        gaussian.set("scale", 1 / mean(total, weight))
     dimensions = torch.stack([f.sum() for f in factors])
     model.layer_weights.copy_((dimensions / dimensions.sum()).view(1, -1, 1, 1))
+
+
+def fit_scales(model: CseGaussianModel, shown: Iterable[SampledBatch], like: CseGaussianModel | None = None) -> None:
+    """Fit scales by images: distances are 1 on average over them, or as they are on average with another model.
+
+    The latter is of one whose scales are of more images than there are here.
+    """
+    shown = list(shown)
+    means = mean_distances(model, shown)
+    if like is None:
+        scales = [1 / mean for mean in means]
+    else:
+        scales = [
+            gaussian.scale * (before / after if before.shape == gaussian.scale.shape else before.mean() / after.mean())
+            for gaussian, before, after in zip(like.maps, mean_distances(like, shown), means, strict=True)
+        ]
+    for gaussian, scale in zip(model.maps, scales, strict=True):
+        gaussian.set("scale", scale)
+
+
+def mean_distances(model: CseGaussianModel, shown: Iterable[SampledBatch]) -> list[Tensor]:
+    """Return the mean distance of images at every position ``(h, w)``, before it is scaled, of each layer."""
+    return [
+        (mean_of if gaussian.has_positions else of_rows_and_columns)(*sums)
+        for gaussian, sums in zip(model.maps, distances(model, shown), strict=True)
+    ]
 
 
 def distances(model: CseGaussianModel, shown: Iterable[SampledBatch]) -> list[tuple[Tensor, Tensor]]:

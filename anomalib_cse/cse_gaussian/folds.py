@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..deployment import UnseenScores, extremes
-from .fit import Fit, fit_covariances, fit_directions, over_folds
+from .fit import Fit, fit_covariances, fit_directions, fit_scales, over_folds
 from .known import with_known
 from .moments import Moments
 from .sample import FOLDS, TrainingSample, batches
@@ -19,12 +19,19 @@ OF_FOLD = 16  # most images of a fold that are scored as variations change them
 
 @torch.no_grad()
 def unseen_scores(
-    model: CseGaussianModel, sample: TrainingSample, fitted: Fit, variations: Sequence[str], seed: int
+    model: CseGaussianModel,
+    sample: TrainingSample,
+    fitted: Fit,
+    variations: Sequence[str],
+    seed: int,
+    *,
+    of_more: bool = False,
 ) -> UnseenScores:
     """Score the images of each fold by a fit to the other folds: to their features, defects and variations.
 
     The strengths stay those of the whole fit. Some images of a fold are scored once more, each changed by one of the
-    variations in turn. The sample has no sums afterwards: memory is enough for one set of them.
+    variations in turn. The sample has no sums afterwards: memory is enough for one set of them. If the model's scales
+    are ``of_more`` images than are sampled, those of the fits differ from them as their distances do.
     """
     partial = copy.deepcopy(model, {id(model.backbone): model.backbone})  # which features have passed already
     moments, sample.moments = sample.moments, []
@@ -40,8 +47,9 @@ def unseen_scores(
         left = [m - u for m, u in zip(moments, of_unseen, strict=True)]
         defects, changes = (over_folds(without(of_folds, number)) for of_folds in (fitted.defects, fitted.changes))
         factors = fit_directions(partial, [m.pooled() for m in left], with_known(defects, fitted.known), changes)
-        others = batches([one for one in sample.kept if one.fold != number])
-        fit_covariances(partial, left, factors, fitted.strengths, others)
+        others = [one for one in sample.kept if one.fold != number]
+        fit_covariances(partial, left, factors, fitted.strengths)
+        fit_scales(partial, batches(others), model if of_more else None)
         for seen in batches(unseen):
             scored.append(extremes(partial.score(seen.features, seen.images.shape[-2:], seen.inside)))
         for place, kind in enumerate(variations):

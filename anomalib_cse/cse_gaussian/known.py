@@ -34,11 +34,16 @@ def check_known(defects: object, masks: object) -> None:
         raise ValueError(msg)
 
 
+def pixels_of(path: str) -> Tensor:
+    """Read an image file, ``(1, 3, H, W)`` in [0, 1]."""
+    return cast(Tensor, read_image(path, as_tensor=True)).as_subclass(Tensor)[None]
+
+
 def read_known(samples: Iterable[Sample], transform: nn.Module | None) -> list[KnownDefect]:
     """Read images of defects, and their masks where they have some, as a pre-processor leaves them."""
     known = []
     for sample in samples:
-        image = cast(Tensor, read_image(sample.image, as_tensor=True)).as_subclass(Tensor)[None]
+        image = pixels_of(sample.image)
         mask = None
         if sample.mask:
             read = cast(Tensor, read_mask(sample.mask, as_tensor=True)).as_subclass(Tensor)

@@ -22,20 +22,23 @@ class SampledBatch(NamedTuple):
     """B images of one size: pixels, features, and where to look.
 
     ``images`` are ``(B, 3, H, W)``, ``features`` of each layer ``(B, C, h, w)``; ``inside`` ``(B, 1, H, W)`` is the
-    region of interest, or ``None`` for all of the image. ``folds`` are those that the images are in, of ``FOLDS``.
+    region of interest, or ``None`` for all of the image. ``folds`` are those that the images are in, of ``FOLDS``;
+    ``shares`` is how much of each image is in the sums, all of it if there are none.
     """
 
     images: Tensor
     features: list[Tensor]
     inside: Tensor | None = None
     folds: Sequence[int] = ()
+    shares: Sequence[float] = ()
 
     def weights(self, layer: int) -> Tensor:
         """Return how much of each position of a layer is to be looked at, ``(B, h, w)``."""
         features = self.features[layer]
-        if self.inside is None:
-            return torch.ones_like(features[:, 0])
-        return cover(self.inside, features.shape[-2:])[:, 0].to(features)
+        weights = torch.ones_like(features[:, 0])
+        if self.inside is not None:
+            weights = cover(self.inside, features.shape[-2:])[:, 0].to(features)
+        return weights * torch.tensor(self.shares).to(features)[:, None, None] if self.shares else weights
 
 
 class SampledImage(NamedTuple):
@@ -46,6 +49,7 @@ class SampledImage(NamedTuple):
     inside: Tensor | None
     path: str
     fold: int
+    share: float = 1.0
 
 
 def in_one_pass(size: Sequence[int]) -> int:
@@ -59,9 +63,10 @@ def batches(kept: Sequence[SampledImage]) -> Iterator[SampledBatch]:
         same = list(group)
         most = min(BATCH, in_one_pass(shape[1:]))
         for start in range(0, len(same), most):
-            images, features, inside, _, folds = zip(*same[start : start + most], strict=True)
+            images, features, inside, _, folds, shares = zip(*same[start : start + most], strict=True)
             layers = [torch.stack(layer) for layer in zip(*features, strict=True)]
-            yield SampledBatch(torch.stack(images), layers, None if inside[0] is None else torch.stack(inside), folds)
+            regions = None if inside[0] is None else torch.stack(inside)
+            yield SampledBatch(torch.stack(images), layers, regions, folds, shares if set(shares) != {1.0} else ())
 
 
 def in_passes(images: Tensor, inside: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:

@@ -2,6 +2,7 @@
 
 from ..plugin import import_waiting
 from ..preflight import datamodule_of, transform_of
+from .checkpoints import WholeCheckpointIO
 from .comparison import compare_good_images
 from .good_scores import UnseenScores, extremes
 from .mixin import DeploymentMixin
@@ -12,6 +13,7 @@ __all__ = [
     "DeploymentMixin",
     "MidwayPostProcessor",
     "UnseenScores",
+    "WholeCheckpointIO",
     "choose_post_processor",
     "choose_pre_processor",
     "compare_good_images",

@@ -84,6 +84,21 @@ class GoodScores(NamedTuple):
         variance = variances.mean() + means.var(correction=0)
         return cls(len(scores), float(means.mean()), max(float(variance.sqrt()), ALIKE))
 
+    def moved(self, before: "GoodScores", after: "GoodScores", share: float = 1.0) -> "GoodScores":
+        """Return what becomes of the spread when that of some of the images does so, and a ``share`` of all counts."""
+        deviation = max(self.deviation * after.deviation / before.deviation, ALIKE)
+        return GoodScores(round(self.number * share), self.mean + after.mean - before.mean, deviation)
+
+    def joined(self, other: "GoodScores") -> "GoodScores":
+        """Return the spread of both kinds of images together."""
+        if not self.number:
+            return other
+        both = self, other
+        number = self.number + other.number
+        mean = sum(part.number * part.mean for part in both) / number
+        squares = sum((part.number - 1) * part.deviation**2 + part.number * (part.mean - mean) ** 2 for part in both)
+        return GoodScores(number, mean, max((squares / (number - 1)) ** 0.5, ALIKE))
+
     def deviations(self, rate: float) -> float:
         """Return how many deviations above the mean another image's score is with a probability of ``rate``."""
         return float(student.isf(rate, self.number - 1)) * (1 + 1 / self.number) ** 0.5

@@ -114,6 +114,56 @@ class MidwayPostProcessor(PostProcessor):
         self.unseen = scores
         self.reject(self.reject_rate or USUAL_RATE)
 
+    def recalibrate(self, scores: UnseenScores) -> None:
+        """Set the thresholds by scores of other good images alone.
+
+        Raises:
+            ValueError: If these are too few to tell.
+        """
+        if len(scores.images) < FEWEST:
+            msg = f"a threshold takes {FEWEST} good images that a fit has not seen, got {len(scores.images)}: give more"
+            raise ValueError(msg)
+        self.learn(scores)
+        self.unseen = None
+
+    def follow(
+        self, before: UnseenScores, after: UnseenScores, new: UnseenScores | None = None, share: float = 1.0
+    ) -> None:
+        """Have the thresholds follow a model that has learnt on.
+
+        Those of good images are set anew: scores spread as they did, moved as those of some of these images have, and
+        as those of ``new`` images do. Others are multiplied by as much as scores have moved.
+
+        Args:
+            before: Of some of the good images that the thresholds are of, by fits of before that had not seen them.
+            after: Of the same images by fits of now.
+            new: Of images that have been learnt since.
+            share: How much the images of before still count, in [0, 1].
+
+        Raises:
+            ValueError: If there are too few images to tell.
+        """
+        buffers = self.good_images, self.good_pixels
+        for number, (name, known) in enumerate(zip(("image", "pixel"), buffers, strict=True)):
+            was, now, *of_new = (
+                GoodScores.of((scores.images, scores.pixels)[number], scores.varied[number])
+                for scores in (before, after, new)
+                if scores is not None and len(scores.images) > 1
+            )
+            if self.knows_good_scores:
+                good = spread(known).moved(was, now, share)
+                good = good.joined(*of_new) if of_new else good
+                if good.number < FEWEST:
+                    msg = f"thresholds take {FEWEST} good images, got {good.number}: give more, or forget less"
+                    raise ValueError(msg)
+                known.copy_(torch.tensor(good))
+            else:
+                factor = float(torch.tensor(now.mean - was.mean).exp())
+                for buffer in (f"_{name}_threshold", f"{name}_min", f"{name}_max"):
+                    self.get_buffer(buffer).mul_(factor)
+        if self.knows_good_scores:
+            self.reject(self.reject_rate or USUAL_RATE)
+
     def reject(self, rate: float) -> None:
         """Set the thresholds such that a ``rate`` of good images is expected to be called anomalous.
 

@@ -15,7 +15,7 @@ from .checkpoint import check_checkpoint, check_image_size
 from .dataset import inspect
 from .findings import Finding, settle
 from .images import Sample, check_layout, datasets_of, loader_findings, loaders_in, mixed_batches, samples_of
-from .known import known_findings, known_samples
+from .known import good_findings, images_below, known_findings, known_samples
 from .trainer import (
     LABELS,
     ModelTraits,
@@ -50,6 +50,8 @@ __all__ = [
     "datamodule_of",
     "datasets_of",
     "exports_exactly",
+    "good_findings",
+    "images_below",
     "known_findings",
     "known_samples",
     "loader_findings",

@@ -61,6 +61,13 @@ def known_samples(defects: str | Path, masks: str | Path | None, names: tuple[st
     return samples
 
 
+def good_findings(good: Sequence[Sample]) -> Iterator[Finding]:
+    """Say what is wrong with files of good images to learn of."""
+    headers: dict[str, Header] = {}
+    yield from read_samples("good image's", good, headers, whole=True)
+    yield from odd_files(headers.values())
+
+
 def known_findings(known: Sequence[Sample], good: Sequence[Sample], evaluation: Sequence[Sample]) -> Iterator[Finding]:
     """Say what is wrong with images of known defects, also beside those to fit to and those to evaluate with."""
     headers: dict[str, Header] = {}

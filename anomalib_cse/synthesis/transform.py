@@ -191,6 +191,7 @@ class Stream(IntEnum):
     GAUSSIAN_TEXTURES = 14
     VARIED_IMAGES = 15
     VARIATIONS = 16
+    KEPT_IMAGES = 17
 
 
 def generator_for(*numbers: int) -> Generator:

@@ -171,3 +171,10 @@ def test_what_cannot_be_learnt_is_refused_and_changes_nothing(trained, folders, 
     with pytest.raises(ValueError, match="the model has no sums to learn on from"):
         model.learn(good=folders["good"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_export_holds_nothing_of_the_training_images(trained, tmp_path):
+    model, _ = trained["CseGaussian"]
+    exported = torch.load(model.to_torch(tmp_path), weights_only=False)["model"]
+    assert exported.sums is None
+    assert len(model.sums.images) == 10

@@ -172,7 +172,7 @@ def learn(
     moments = [m.times(share) for m in sums.moments] if share < 1 else list(sums.moments)
     if new is not None:
         of_new = where_needed(new.moments, [torch.inf if m.weight.dim() == 1 else 0.0 for m in moments])
-        moments = [m + n for m, n in zip(moments, of_new, strict=True)]
+        moments = [m + n.to(m.first) for m, n in zip(moments, of_new, strict=True)]  # those of before may be elsewhere
     total = sample_of([*kept, *(new.kept if new else [])], of_before)
     total.moments, total.count = moments, round(sums.good * share) + (new.count if new else 0)
 

@@ -310,6 +310,14 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         check_same_region(checkpoint, self.model.roi)
         self.sums = Sums.unpacked(checkpoint[SUMS]) if SUMS in checkpoint else None
 
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export as anomalib does, without what is kept of the training images."""
+        sums, self.sums = self.sums, None
+        try:
+            return super().to_torch(*args, **kwargs)
+        finally:
+            self.sums = sums
+
     def learn(
         self,
         good: str | Path | None = None,

@@ -134,6 +134,10 @@ class Moments:
         """Return the moments of the same vectors, each of so many times its weight."""
         return self.of_sums(self.weight * factor, self.first * factor, self.second * factor)
 
+    def to(self, other: Tensor) -> "Moments":
+        """Return the same moments on the device of a tensor."""
+        return self.of_sums(*(values.to(other.device) for values in (self.weight, self.first, self.second)))
+
     def pooled(self) -> "Moments":
         """Return the moments of the vectors of all kinds taken together."""
         kinds = tuple(range(self.weight.dim() - 1))

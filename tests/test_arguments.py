@@ -185,6 +185,9 @@ UNUSUAL = {  # values that work as arguments, and what they are
     "reject_rate": (Fraction(1, 4), 0.25),
     "seed": (Number.TWO, 2),
     "report": (np.False_, False),
+    "known_defects": (None, None),  # not saved
+    "known_masks": (None, None),
+    "keep_sums": (np.False_, False),
 }
 
 

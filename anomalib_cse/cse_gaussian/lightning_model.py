@@ -129,10 +129,11 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         dtd_dir, download_dtd, defects, variations = map(plain, (dtd_dir, download_dtd, defects, variations))
         embedding_dim, image_size, center_crop_size = map(plain, (embedding_dim, image_size, center_crop_size))
         roi, memory_budget, reject_rate, seed, report = map(plain, (roi, memory_budget, reject_rate, seed, report))
+        known_defects, known_masks, keep_sums = map(plain, (known_defects, known_masks, keep_sums))
         check_fit(memory_budget, seed, KINDS, defects, dtd_dir, download_dtd)
         check_kinds("variations", variations, tuple(VARIATIONS))
         check_known(known_defects, known_masks)
-        check_flag("keep_sums", plain(keep_sums))
+        check_flag("keep_sums", keep_sums)
         super().__init__(
             pre_processor=choose_pre_processor(pre_processor, image_size, center_crop_size),
             post_processor=choose_post_processor(post_processor, reject_rate),

@@ -40,7 +40,11 @@ VALUES = {
     "reject_rate": (np.float32(0.25), 0.25),
     "seed": (np.int64(3), 3),
     "report": (np.zeros((), bool), False),
+    "known_defects": (Path("known"), None),  # they are in the fit
+    "known_masks": (Path("known_masks"), None),
+    "keep_sums": (np.zeros((), bool), False),
 }
+FILES = {"roi": "mask.png", "known_defects": "known", "known_masks": "known_masks"}  # that no checkpoint names
 NOT_SAVED = {"pre_processor", "post_processor", "evaluator", "visualizer"}  # which anomalib saves otherwise
 OF_WEIGHTS = {"backbone": "test_efficientnet", "layers": [2, 3], "pre_trained": False, "weights": None}  # in the file
 both = pytest.mark.parametrize("name", MODELS)
@@ -53,6 +57,9 @@ def folder(dtd, tmp_path):
     state = timm.create_model("test_efficientnet").state_dict()
     save_file(state, tmp_path / "weights.safetensors")
     Image.new("L", (96, 72), 255).save(tmp_path / "mask.png")
+    for part, grey in (("known", 130), ("known_masks", 255)):
+        (tmp_path / part).mkdir()
+        Image.new("L", (96, 72), grey).save(tmp_path / part / "000.png")
     return tmp_path
 
 
@@ -95,7 +102,7 @@ def test_arguments_of_numpy_and_paths_come_back_on_the_engine(name, folder, mvte
 def test_arguments_come_back_on_the_command_line(way, name, folder, mvtec_root):
     arguments = {argument: v.tolist() if hasattr(v, "tolist") else v for argument, v in arguments_of(name, 1).items()}
     arguments = {argument: list(v) if isinstance(v, tuple) else v for argument, v in arguments.items()}
-    arguments |= {"roi": "mask.png"} if "roi" in arguments else {}
+    arguments |= {argument: file for argument, file in FILES.items() if argument in arguments}
     if way == "yaml":
         (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"class_path": name, "init_args": arguments}}))
         model = ["--config", "config.yaml"]

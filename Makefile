@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress browser lint types install clean bench-cost bench-latency bench-compare bench-few bench-thresholds bench-robustness bench-known bench-surfaces
+.PHONY: demo test stress browser lint types install clean bench-cost bench-latency bench-compare bench-few bench-thresholds bench-robustness bench-surfaces
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -66,10 +66,6 @@ bench-thresholds: install
 # DATA=ROOT ARGS="--categories NAME ...": images as another day, lamp, lens or camera gives them
 bench-robustness: install
 	$(BIN)/python benchmarks/robustness.py --root $(DATA) $(ARGS)
-
-# DATA=ROOT ARGS="--categories NAME ...": what 1 to 10 known defects are worth, five draws of each
-bench-known: install
-	$(BIN)/python benchmarks/known.py --root $(DATA) $(ARGS)
 
 # ARGS="--output ROOT": SurfaceDemo's sets for bench-compare; with "--photographs DTD" others like them and parts too
 bench-surfaces: install

@@ -1,6 +1,6 @@
 """What is made of comparisons' lines: a Markdown table, latency against AUPRO, maps side by side, and rejects."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
 
@@ -119,25 +119,6 @@ def rejects(curves: Mapping[str, tuple[list[float], pd.DataFrame]], file: Path) 
     handles, names = axes[0, 0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
-    save(figure, file)
-
-
-def known_curves(lines: pd.DataFrame, counts: Sequence[int], file: Path) -> None:
-    """Draw image AUROC against the number of known defects, with masks and without, a line to a set."""
-    means = lines[lines["failed"] == ""].groupby("category", sort=False).mean(numeric_only=True)
-    ways = {"masks": "known defects, with masks", "none": "known defects, without masks"}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for axis, (way, label) in zip(axes, ways.items(), strict=True):
-        for number, (category, row) in enumerate(means[[f"AUROC_{way}_{count}" for count in counts]].iterrows()):
-            if row.notna().any():
-                marker = MARKERS[number % len(MARKERS)]
-                axis.plot(counts, row, color=f"C{number % 10}", marker=marker, markersize=5, label=category)
-        axis.set(xlabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("image AUROC of the others")
-    handles, names = axes[1].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, names, loc="outside right", frameon=False)
     save(figure, file)
 
 

@@ -210,7 +210,9 @@ def test_layers_may_be_named_by_a_subclass_of_text(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("dtd_dir", b"builtin"), ("defects", {"blur"}), ("weights", b"x"), ("roi", object())], ids=str
+    ("name", "value"),
+    [("dtd_dir", b"builtin"), ("defects", {"blur"}), ("weights", b"x"), ("roi", object())],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_values_that_no_checkpoint_may_hold_are_refused(name, value):
     with pytest.raises(ValueError, match=name):

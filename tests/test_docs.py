@@ -156,13 +156,16 @@ def test_readme_trains_and_tests(readme):
     assert (run / "weights" / "lightning" / "model.ckpt").is_file()
     assert (run / "report.html").is_file()
     tested = {file.name for file in folder.glob("parts/*/*") if file.parent.name != "good"}
-    assert {file.name.removesuffix(".jpg") for file in (run / "images").rglob("*.jpg")} == tested
+    own = folder / "results" / "CseGaussian" / "parts" / "test" / "v0"
+    assert {path.name for path in own.iterdir()} == {"config.yaml", "images", "report.html", "scores.csv"}
+    for place in (run, own):
+        assert {file.name.removesuffix(".jpg") for file in (place / "images").rglob("*.jpg")} == tested
 
 
 def test_readme_predicts_exports_and_runs_the_camera_loop(readme):
     folder, printed = readme
     images = {path.name for path in (folder / "path" / "to" / "images").iterdir()}
-    pictures = folder / "results" / "CseGaussian" / "latest" / "images"
+    pictures = folder / "results" / "CseGaussian" / "predict" / "v0" / "images"
     assert {path.name.removesuffix(".jpg") for path in pictures.rglob("*.jpg")} == images
     assert {path.name for path in (folder / "exported").rglob("*.*")} == {"model.bin", "model.xml"}
     assert {path.name for path in (folder / "rejects").iterdir()} == {name for name in images if "square" in name}

@@ -8,6 +8,7 @@ import torch
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import (
     ColorJitter,
@@ -50,14 +51,14 @@ class Own(Dataset):
     """Images of the user's own; number 1 is another."""
 
     def __init__(self, other):
-        self.other = other
+        self.other, self.scale = other, 1
 
     def __len__(self):
         return 6
 
     def __getitem__(self, index):
         image = self.other.clone() if index == 1 else torch.rand(3, 64, 64)
-        return ImageItem(image=image, image_path=f"{index}.raw")
+        return ImageItem(image=self.scale * image, image_path=f"{index}.raw")
 
 
 def with_pixel(value):
@@ -85,6 +86,20 @@ def test_batch_that_holds_no_images_is_refused_by_the_name_of_the_first(use, oth
     run = getattr(Engine(max_epochs=1, default_root_dir=tmp_path, **QUIET), use)
     with pytest.raises(ValueError, match=rf"{WANTED}, 1\.raw has pixels"):
         run(model, **{argument: loader})
+
+
+@both
+def test_validation_that_holds_no_images_is_refused_before_training(name, dtd, tmp_path):
+    class NoStep(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pytest.fail("an image was read")
+
+    good, bad = (DataLoader(Own(torch.rand(3, 64, 64)), collate_fn=ImageBatch.collate) for _ in range(2))
+    bad.dataset.scale = 255
+    model = MODELS[name](**COMMON, dtd_dir=str(dtd), **({"holdout_ratio": 0} if name == "Cse" else {}))
+    engine = Engine(max_epochs=1, default_root_dir=tmp_path, callbacks=[NoStep()], **QUIET)
+    with pytest.raises(ValueError, match=rf"{WANTED}, 0\.raw has pixels"):
+        engine.fit(model, train_dataloaders=good, val_dataloaders=bad)
 
 
 @both

@@ -4,6 +4,8 @@ import base64
 import csv
 import hashlib
 import json
+import resource
+import signal
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -209,6 +211,52 @@ def test_source_of_the_threshold_is_what_set_it(tmp_path):
     assert threshold_source(MidwayPostProcessor(), origin, paths)[0].startswith("There is none")
     assert Origin.of({KEY: origin.as_plain()}) == origin
     assert Origin.of({}) == Origin()
+
+
+@pytest.fixture
+def limited_files():
+    """No file may become larger than 64 KiB, as on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_results_are_returned_without_a_page_that_cannot_be_written(trained, mvtec_root, tmp_path, limited_files):
+    model = MODELS["CseGaussian"].load_from_checkpoint(trained["CseGaussian"][1], report=True)
+    engine, data = Engine(default_root_dir=tmp_path, **QUIET), data_of(mvtec_root)
+    with pytest.warns(UserWarning, match=r"report.html cannot be written .*too large"):
+        [found] = engine.test(model, datamodule=data)
+    assert found["image_AUROC"] == 1
+    with pytest.warns(UserWarning, match=r"report-predict.html cannot be written"):
+        assert len(engine.predict(model, data_path=mvtec_root / "tiny" / "test" / "good")) == 4
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".html", ".unfinished")]
+    assert len([*tmp_path.rglob("scores*.csv")]) == 2
+
+
+def test_runs_write_to_folders_of_their_own(trained, mvtec_root, dtd, tmp_path):
+    """Not into that of the latest training, which may be of another model."""
+
+    def engine():
+        return Engine(default_root_dir=tmp_path, **QUIET)
+
+    model = MODELS["CseGaussian"].load_from_checkpoint(trained["CseGaussian"][1], report=True)
+    fitting = engine()
+    fitting.fit(MODELS["CseGaussian"](**COMMON, dtd_dir=str(dtd)), datamodule=data_of(mvtec_root))
+    run = Path(fitting.trainer.default_root_dir)
+    before = sorted(run.rglob("*"))
+    for _ in range(2):
+        engine().test(model, datamodule=data_of(mvtec_root), ckpt_path=trained["CseGaussian"][1])
+    engine().predict(model, data_path=mvtec_root / "tiny" / "test" / "good")
+    assert sorted(run.rglob("*")) == before
+    for own in (run.parent / "test" / "v0", run.parent / "test" / "v1"):
+        assert {path.name for path in own.iterdir()} == {"images", "report.html", "scores.csv"}
+        assert trained["CseGaussian"][1] in (own / "report.html").read_text()
+    predicted = tmp_path / "CseGaussian" / "predict" / "v0"
+    assert {path.name for path in predicted.iterdir()} == {"images", "report-predict.html", "scores-predict.csv"}
+    assert len(list((predicted / "images").rglob("*.jpg"))) == 4
 
 
 LINES = {

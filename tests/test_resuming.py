@@ -1,5 +1,6 @@
 """Runs that are killed, interrupted, out of disk or out of range: the last checkpoint is whole, scores and resumes."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -11,6 +12,7 @@ from anomalib.engine import Engine
 from lightning.pytorch.callbacks import Callback
 
 from anomalib_cse import Cse
+from anomalib_cse.deployment.checkpoints import WholeCheckpointIO
 
 import tiny
 from tiny import COMMON, MODELS, QUIET
@@ -242,6 +244,15 @@ def test_resuming_with_another_setting_of_the_trainer_is_refused(options, messag
     engine = Engine(default_root_dir=tmp_path, max_epochs=EPOCHS, **options, **QUIET)
     with pytest.raises(ValueError, match=f"the run to resume was given {message}: set it as it was"):
         engine.fit(Cse(**COMMON, dtd_dir=dtd), datamodule=data_of(mvtec_root), ckpt_path=broken)
+
+
+@pytest.mark.parametrize("letter", ["a", "ä"])
+def test_checkpoint_may_have_the_longest_name(letter, tmp_path):
+    path = tmp_path / (letter * (250 // len(letter.encode())) + ".ckpt")
+    assert len(os.fsencode(path.name)) == 255
+    WholeCheckpointIO().save_checkpoint({"epoch": 3}, path)
+    assert [*tmp_path.iterdir()] == [path]
+    assert torch.load(path, weights_only=True) == {"epoch": 3}
 
 
 class FullDisk(Callback):

@@ -134,6 +134,8 @@ REFUSED = [
         (name, options, message)
         for name in MODELS
         for options, message in [
+            ({"max_steps": 0}, f"max_steps of 0 leaves nothing to fit {name} by"),
+            ({"limit_train_batches": 0}, f"limit_train_batches of 0 leaves nothing to fit {name} by"),
             ({"precision": "16-true"}, "precision must be 32-true, 16-mixed or bf16-mixed, got 16-true"),
             ({"callbacks": [StochasticWeightAveraging(1e-3)]}, "StochasticWeightAveraging would rewrite"),
             ({"callbacks": [EMAWeightAveraging()]}, "EMAWeightAveraging would rewrite"),

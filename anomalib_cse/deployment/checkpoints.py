@@ -1,11 +1,14 @@
 """Checkpoints that are whole or not there."""
 
 import os
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+
+LONGEST = 255  # bytes of a name, in most file systems
 
 
 class WholeCheckpointIO(AnomalibCheckpointIO):
@@ -20,7 +23,10 @@ class WholeCheckpointIO(AnomalibCheckpointIO):
         if "://" in str(path):  # remote storage, where an upload replaces the old object when it is complete
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path, unfinished = Path(path), Path(f"{path}.unfinished")
+        path = Path(path)
+        unfinished = Path(f"{path}.unfinished")
+        if len(os.fsencode(unfinished.name)) > LONGEST:
+            unfinished = path.with_name(f"{blake2b(os.fsencode(path.name), digest_size=16).hexdigest()}.unfinished")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with unfinished.open("wb") as file:

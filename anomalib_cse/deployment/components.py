@@ -64,10 +64,6 @@ class ComponentsMixin(LightningModule):
         # the post-processor, which normalises scores, is between the two
         return [BatchCheck(any_size=self.image_size is None), raw, *own, Report(page=self.report, raw=raw)]
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Return this model's own callbacks."""
-        return self.own_callbacks()
-
     def make_exportable(self) -> None:
         """Have the pre-processor compute the same outside the trainer as within.
 

@@ -13,7 +13,7 @@ from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.models.components import AnomalibModule
 from anomalib.models.components.base.export_mixin import ExportMixin
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -27,13 +27,13 @@ from ..preflight import (
     preflight,
     transform_of,
 )
-from ..report import KEY, Origin
+from ..report import KEY, Origin, Report
 from .checkpoints import WholeCheckpointIO
 from .components import ComponentsMixin
 from .export import check_compression, compress, export_any_size, keep_single_precision, note_good_scores
 from .good_scores import UnseenScores
 from .post_processing import MidwayPostProcessor, labelled
-from .trainer import FOUND, restore_at_end, restorer_of
+from .trainer import FOUND, restore_at_end, restorer_of, results_folder
 
 COMPONENT_SETTINGS = {"anomalib_pre_processor_config", "anomalib_post_processor_config"}  # in a checkpoint
 
@@ -51,6 +51,8 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
     needs_gradients = True  # or it is fitted in one pass
     logged: tuple[str, ...] = ()  # what a fit logs, which callbacks may wait for
     is_refitted = False  # since thresholds were last set by good images, in this fit
+    fitted_in: str | None = None  # the folder, if it was fitted in this process
+    folder: Path  # that a run writes to
     frozen: dict[str, Tensor] | None = None  # the backbone's weights, while fitting
     origin = Origin()  # of the last fit, or of the checkpoint
 
@@ -99,6 +101,14 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             labelled=labelled(self.post_processor, is_validated=bool(self.trainer.limit_val_batches)),
         )
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Return this model's own callbacks, and choose the folder that the run writes to."""
+        trainer = self.trainer
+        self.folder = results_folder(trainer, self.fitted_in)
+        if self.folder != Path(trainer.default_root_dir) and trainer.is_global_zero:
+            restorer_of(trainer).redirect_config(self.folder)
+        return self.own_callbacks()
+
     def setup(self, stage: str) -> None:
         """Check all that the run is given before anything is computed.
 
@@ -116,6 +126,13 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             # or the epochs of an earlier model would count as this one's; a checkpoint to resume is read after this
             trainer.fit_loop.epoch_progress.reset()
             restorer.forget_checkpoints()
+            self.fitted_in = str(trainer.default_root_dir)
+            return
+        folder = trainer.strategy.broadcast(self.folder)  # that of the first process
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        restorer.redirect_pictures(folder, callbacks)
+        for report in (callback for callback in callbacks if isinstance(callback, Report)):
+            report.folder = folder
 
     def on_fit_start(self) -> None:
         """Note the weights of the backbone, that nothing may change."""

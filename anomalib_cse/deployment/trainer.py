@@ -1,15 +1,21 @@
 """A trainer while a model uses it: what it had before counts neither for the model nor is it lost to the next one."""
 
+import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
+from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 
+OWN_FOLDERS = {TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "predict", TrainerFn.VALIDATING: "validate"}
 COMPONENTS = (PreProcessor, PostProcessor, Evaluator, Visualizer)  # that are callbacks too
 
 
@@ -32,6 +38,8 @@ class TrainerRestorer(Callback):
         self.max_epochs, self.checkpoint_io = trainer.max_epochs, trainer.strategy.checkpoint_io
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # of the losses, in half precision
         self.scaling: dict[str, Any] = scaler.state_dict() if scaler else {}
+        self.config_names = {c: c.config_filename for c in self.callbacks if isinstance(c, SaveConfigCallback)}
+        self.drawing: list[ImageVisualizer] = []  # into a folder that is of this run alone
         trainer.callbacks = [*self.callbacks, self]  # type: ignore[attr-defined]
 
     def forget_checkpoints(self) -> None:
@@ -40,11 +48,27 @@ class TrainerRestorer(Callback):
             if isinstance(callback, ModelCheckpoint) and callback.monitor is None:
                 callback.best_model_path = callback.last_model_path = ""
 
+    def redirect_config(self, folder: Path) -> None:
+        """Have the command line's arguments saved in a folder; Lightning does that before a model is set up."""
+        for callback in self.config_names:
+            folder.mkdir(parents=True, exist_ok=True)
+            callback.config_filename = str((folder / self.config_names[callback]).resolve())
+
+    def redirect_pictures(self, folder: Path, visualizers: Iterable[object]) -> None:
+        """Have pictures that have no other place drawn in a folder, in this run: anomalib would keep to it after."""
+        self.drawing = [v for v in visualizers if isinstance(v, ImageVisualizer) and v.output_dir is None]
+        for visualizer in self.drawing:
+            visualizer.output_dir = folder / "images"
+
     def restore(self, trainer: Trainer) -> None:
         """Give back what there was."""
         trainer.callbacks = self.callbacks  # type: ignore[attr-defined]
         trainer.fit_loop.max_epochs = self.max_epochs
         trainer.strategy.checkpoint_io = self.checkpoint_io
+        for callback, name in self.config_names.items():
+            callback.config_filename = name
+        for visualizer in self.drawing:
+            visualizer.output_dir = None
         if self.scaling:
             cast(Any, trainer.precision_plugin).scaler.load_state_dict(self.scaling)
 
@@ -57,6 +81,23 @@ class TrainerRestorer(Callback):
         """Give it back when a run breaks off: Lightning then calls no ``teardown``."""
         del pl_module, exception
         self.restore(trainer)
+
+
+def results_folder(trainer: Trainer, fitted_in: str | None) -> Path:
+    """Return where a run is to write: in a folder of its own, unless it fits, or has just been fitted.
+
+    anomalib's ``Engine`` has tests and predictions write where the latest training did, whatever that was of.
+
+    Args:
+        trainer: Of the run.
+        fitted_in: The folder in which the model in memory was fitted.
+    """
+    root, stage = Path(trainer.default_root_dir), OWN_FOLDERS.get(trainer.state.fn)  # type: ignore[arg-type]
+    if stage is None or fitted_in == str(root) or not re.fullmatch(r"latest|v\d+", root.name):
+        return root
+    parent = root.parent / stage
+    taken = [int(path.name[1:]) for path in parent.glob("v*") if path.name[1:].isdecimal()]
+    return parent / f"v{max(taken, default=-1) + 1}"
 
 
 def restorer_of(trainer: Trainer) -> TrainerRestorer:

@@ -10,6 +10,7 @@ from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.utils.path import generate_output_filename
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageDraw, ImageFont
 from skimage.segmentation import find_boundaries
 from torch import Tensor, nn
@@ -82,11 +83,32 @@ class VerdictVisualizer(ImageVisualizer):
         output_dir: Where pictures go instead.
     """
 
+    cannot_write = False  # in this run
+
     def __init__(self, side: int = 256, output_dir: str | Path | None = None) -> None:
         super().__init__(field_size=(side, side), output_dir=output_dir)
         self.side = side
 
     def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Draw a batch; warn, and draw no more, where a picture cannot be written."""
+        if self.cannot_write:
+            return
+        try:
+            self.draw(trainer, pl_module, outputs, batch, *args, **kwargs)
+        except OSError as error:  # the results of the run are worth more than its pictures
+            self.cannot_write = True
+            rank_zero_warn(f"{self.output_dir}: pictures cannot be written ({error}): the others are left out")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try to write again."""
+        del trainer, pl_module
+        self.cannot_write = False
+
+    on_predict_start = on_test_start
+
+    def draw(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Draw a batch."""

@@ -1,13 +1,15 @@
 """What can only be seen once a run has its dataloaders and batches: images of the user's own, and pixels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from traceback import walk_tb
 from typing import Any, cast
 
+import torch
 from anomalib.data import DepthBatch, ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
 
 from ..checks import check_pixels
 from .findings import settle
@@ -54,6 +56,9 @@ class BatchCheck(Callback):
         loaders = loaders_in(getattr(trainer, LOADERS[stage.dataloader_prefix or ""]))
         fresh = [loader for loader in loaders if not any(loader.dataset is dataset for dataset in known)]
         self.seen += [loader.dataset for loader in fresh]
+        if trainer.training:  # or what is wrong with validation would be known after an epoch
+            validated = loaders_in(trainer.val_dataloaders)
+            check_first([loader for loader in validated if not any(loader.dataset is dataset for dataset in known)])
         settle([*loader_findings(fresh, any_size=self.any_size), *(end_findings(trainer) if trainer.training else ())])
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = check_loaders
@@ -86,6 +91,14 @@ class BatchCheck(Callback):
             except ValueError as reason:
                 exception.add_note(str(reason))
                 return
+
+
+def check_first(loaders: Iterable[DataLoader]) -> None:
+    """Raise a ``ValueError`` unless the first image of each loader that goes through a dataset is in [0, 1]."""
+    for loader in loaders:
+        if isinstance(loader.sampler, SequentialSampler) and len(loader.sampler) and loader.collate_fn is not None:
+            with torch.random.fork_rng(devices=[]):  # it may be augmented
+                check_batch(loader.collate_fn([loader.dataset[0]]))
 
 
 def check_batch(batch: object) -> None:

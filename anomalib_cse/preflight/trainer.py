@@ -81,6 +81,10 @@ def earlier_findings(trainer: Trainer, traits: ModelTraits, others: Sequence[str
 
 def trainer_findings(trainer: Trainer, traits: ModelTraits, evaluator: Evaluator | None) -> Iterator[Finding]:
     """Say what does not do in a trainer that is to fit a model."""
+    nothing = [name for name in ("max_steps", "max_epochs", "limit_train_batches") if getattr(trainer, name) == 0]
+    if nothing:
+        yield error(f"{', '.join(nothing)} of 0 leaves nothing to fit {traits.name} by: leave it out, or give more")
+        return
     metrics = evaluator.val_metrics if evaluator else ()
     yield from callback_findings(trainer, {*traits.logged, *(str(metric.name) for metric in metrics)})
     yield from validation_findings(trainer)

@@ -9,7 +9,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
@@ -41,8 +41,9 @@ class RawScores(Callback):
 class Report(Callback):
     """Write ``scores.csv`` and ``report.html`` at the end of a test, of a prediction ``-predict`` files of both.
 
-    They go to the trainer's ``default_root_dir``. It has to come after the post-processor, so that scores are
-    normalised. Nothing is written with ``fast_dev_run``, nor if no batch was an ``ImageBatch`` with scores.
+    They go to ``folder``, or if that is ``None`` to the trainer's ``default_root_dir``. It has to come after the
+    post-processor, so that scores are normalised. Nothing is written with ``fast_dev_run``, nor if no batch was an
+    ``ImageBatch`` with scores.
 
     Args:
         page: Whether to write the page; the table is written in any case.
@@ -51,6 +52,7 @@ class Report(Callback):
 
     def __init__(self, *, page: bool = True, raw: RawScores | None = None) -> None:
         self.page, self.raw = page, raw
+        self.folder: Path | None = None
         self.closing = ""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,15 +100,21 @@ class Report(Callback):
         records, pictures = joined(gathered((self.records, self.pictures.kept)))
         if not records:
             return
-        folder = Path(trainer.default_root_dir)
+        folder = self.folder or Path(trainer.default_root_dir)
         table, page = folder / f"scores{suffix}.csv", folder / f"report{suffix}.html"
-        write_scores(table, records, self.scale)
-        if self.page:
-            data = data_in_words(trainer, loaders)
-            title = f"{run} of {type(pl_module).__name__}{data and f' on {data}'}"
-            facts, warning = facts_of(pl_module, records, seconds, self.checkpoint, saved_in(trainer))
-            metrics = {name: float(value) for name, value in logged.items()} if run == "Test" else {}
-            write_page(page, title, records, pictures, self.scale, facts, metrics, warning)
+        written = table
+        try:
+            write_scores(table, records, self.scale)
+            written = page
+            if self.page:
+                data = data_in_words(trainer, loaders)
+                title = f"{run} of {type(pl_module).__name__}{data and f' on {data}'}"
+                facts, warning = facts_of(pl_module, records, seconds, self.checkpoint, saved_in(trainer))
+                metrics = {name: float(value) for name, value in logged.items()} if run == "Test" else {}
+                write_page(page, title, records, pictures, self.scale, facts, metrics, warning)
+        except OSError as error:  # the results of the run are worth more than their files
+            rank_zero_warn(f"{written} cannot be written ({error}): this run has its results, and not all of its files")
+            return
         self.closing = where(trainer, pl_module, page if self.page else None, table)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -132,7 +140,9 @@ def saved_in(trainer: Trainer) -> Path | None:
 
 def where(trainer: Trainer, model: LightningModule, page: Path | None = None, table: Path | None = None) -> str:
     """Return where a run's results are, as far as they lie in its folder, and the command to go on with; or nothing."""
-    folder, checkpoint = Path(trainer.default_root_dir), saved_in(trainer)
+    folder, checkpoint = table.parent if table else Path(trainer.default_root_dir), saved_in(trainer)
+    if checkpoint and not checkpoint.is_relative_to(folder):
+        checkpoint = None
     drawn = any(isinstance(callback, Visualizer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     found = {
         **({page: "scores and images, to choose a threshold by"} if page else {}),

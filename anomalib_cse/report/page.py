@@ -111,7 +111,7 @@ def write_page(
     metrics: Mapping[str, float],
     warning: str = "",
 ) -> None:
-    """Write the page, which needs no other file and no network.
+    """Write the page, which needs no other file and no network, or raise an ``OSError`` and leave one that was there.
 
     Args:
         path: The file.
@@ -139,4 +139,9 @@ def write_page(
         plotly=get_plotlyjs(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", errors="replace")  # a file's name may be no unicode
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        unfinished.write_text(page, encoding="utf-8", errors="replace")  # a file's name may be no unicode
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,8 +1,7 @@
-"""Arguments, images and files, refused by one kind of error: what is wrong, what is allowed, what was given."""
+"""Arguments and tensors, refused by one kind of error: what is wrong, what is allowed, what was given."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 OVERSHOOT = 0.2  # how far bicubic resizing, which users' transforms may do, leaves [0, 1]
@@ -58,61 +56,6 @@ def is_within(value: object, interval: str, *, whole: bool = False) -> bool:
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return False
     return low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")  # type: ignore[operator]
-
-
-@contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file, of which the header alone is read as yet.
-
-    Raises:
-        ValueError: If the file, which it names, does not hold an image, or not all of what is read of it.
-    """
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Exception as error:  # Pillow has a dozen kinds for broken files
-        msg = f"{path} cannot be read as an image: {error}; replace it or take it out"
-        raise ValueError(msg) from error
-
-
-def oddities(modes: Mapping[Path, str]) -> Iterator[str]:
-    """Say, once of each kind, which image files have more than 8 bits, are hidden, or lie beside links to folders.
-
-    anomalib accepts the first and has Pillow clip them at 255, takes hidden files for images like any other, and does
-    not look into a linked folder. ``modes`` are Pillow's.
-    """
-    paths = sorted(modes)
-    deep = [path for path in paths if modes[path][:1] in ("I", "F")]
-    if deep:
-        yield (
-            f"{deep[0]} is of Pillow's mode {modes[deep[0]]!r}: anomalib clips such images at 255, so that most 16-bit "
-            f"ones are white and floating-point ones black; convert them to 8 bits first{and_others(deep)}"
-        )
-    hidden = [path for path in paths if path.name.startswith(".") or path.parent.name.startswith(".")]
-    if hidden:
-        yield f"{hidden[0]} is hidden, but counts as an image: if it is none, take it out{and_others(hidden)}"
-    links = links_beside(paths)
-    if links:
-        yield (
-            f"{links[0]} is a link to a folder, which is not looked into: give that folder, or copy it"
-            f"{and_others(links)}"
-        )
-
-
-def links_beside(paths: Sequence[Path]) -> list[Path]:
-    """Return the links to folders that lie beside several files, and do not lead to any of them."""
-    folders = {path.parent for path in paths} if len(paths) > 1 else set()
-    try:
-        links = [Path(e) for folder in folders for e in os.scandir(folder) if e.is_symlink() and e.is_dir()]
-        used = {folder.resolve() for folder in folders} if links else set()
-        return sorted(link for link in links if not any(folder.is_relative_to(link.resolve()) for folder in used))
-    except OSError:  # the files are not of this file system, or not to be listed
-        return []
-
-
-def and_others(found: Sequence[object]) -> str:
-    """Return how many there are beside the first one, in words."""
-    return f" ({len(found) - 1} others too)" if len(found) > 1 else ""
 
 
 def check_number(name: str, value: object, interval: str, *, whole: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from anomalib_cse import Cse
-from anomalib_cse.checks import oddities
+from anomalib_cse.image_files import left_out, oddities
+from anomalib_cse.image_files import linked as linked_folders
 from anomalib_cse.synthesis import load_textures
 
 from tiny import COMMON, MODELS, QUIET, data_of
@@ -143,23 +143,21 @@ def test_files_that_are_not_what_they_seem_are_warned_of_once_wherever_they_are(
 
 
 def test_links_that_mislead_nobody_are_not_warned_of(tmp_path):
-    """A folder that is given by a link, files of several folders that have links beside them, and a single file."""
+    """To folders that are read, or that hold no images."""
     for place in ("real/good", "other/bad", "elsewhere"):
         (tmp_path / place).mkdir(parents=True)
         noise().save(tmp_path / place / "0.png")
-        noise().save(tmp_path / place / "1.png")
+    (tmp_path / "notes").mkdir()
     (tmp_path / "real" / "given").symlink_to(tmp_path / "other" / "bad")
     (tmp_path / "real" / "good" / "up").symlink_to(tmp_path / "real")
-
-    def odd(*files):
-        return list(oddities(dict.fromkeys(map(Path, files), "RGB")))
-
-    real, given, elsewhere = tmp_path / "real" / "good", tmp_path / "real" / "given", tmp_path / "elsewhere"
-    assert not odd(*real.glob("*.png"), *given.glob("*.png"))
-    assert not odd("relative/0.png", real / "0.png", "/nowhere/0.png")
-    (elsewhere / "link").symlink_to(tmp_path / "real")
-    assert not odd(elsewhere / "0.png")
-    [found] = odd(tmp_path / ".ipynb_checkpoints" / "0.png")
+    (tmp_path / "real" / "notes").symlink_to(tmp_path / "notes")
+    real, given = tmp_path / "real" / "good", tmp_path / "real" / "given"
+    assert not list(linked_folders([tmp_path / "real", real, given], [real, given]))
+    assert not list(linked_folders([tmp_path / "real", tmp_path / "nowhere"], [real]))
+    [found] = linked_folders([tmp_path / "real"], [real])
+    assert f"{given} is a link to a folder" in found
+    assert not list(left_out([given, real], {".png"}))
+    [found] = oddities({tmp_path / ".ipynb_checkpoints" / "0.png": ()})
     assert ".ipynb_checkpoints/0.png is hidden" in found
 
 

@@ -170,7 +170,7 @@ def test_checkpoints_keep_the_region(regions, trained, mvtec_root, dtd, tmp_path
         (7, ValueError, "roi must be a mask image, got 7"),
         ("text.png", ValueError, "text.png cannot be read as an image"),
         ("black.png", ValueError, "roi: .*black.png is black, so there is nowhere to look"),
-        ("clear.png", ValueError, "roi: .*clear.png has an alpha channel"),
+        ("clear.png", ValueError, "roi: .*clear.png has transparency"),
         ("masks", ValueError, "roi: masks is a folder: give one mask image"),
         ("dot.png", ValueError, r"roi: nothing is left of .*dot.png at \(64, 64\) pixels"),
     ],

@@ -145,7 +145,7 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             self.model = CseGaussianModel(backbone, layers, pre_trained, weights, embedding_dim)
         self.make_exportable()
         if roi is not None:
-            region = region_of(roi, transform_of(self.pre_processor))
+            region, self.roi_file = region_of(roi, transform_of(self.pre_processor))
             self.model.roi.resize_(region.shape).copy_(region)
         # DistributedDataParallel refuses a module in which nothing takes a gradient, Lightning steps without a loss
         self.unused = nn.Parameter(torch.zeros(()))

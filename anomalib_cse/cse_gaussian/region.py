@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from ..checks import opened
+from ..image_files import oddities, oddities_of, opened
 
 INSIDE = 1 - 1e-3  # of what a pixel is resized from, to count as inside
 DEEP = ("1", "L", "I", "F", "I;16")  # Pillow's modes of one channel, which need no conversion
@@ -31,11 +31,15 @@ def read_mask(path: Path) -> Tensor:
     """Read a mask ``(H, W)``, true where it is brighter than half of its maximum.
 
     Raises:
-        ValueError: If the file holds no image, a black one, or one with an alpha channel.
+        ValueError: If the file holds no image, a black one, one with transparency, or one of several pages or turned.
     """
     with opened(path) as image:
-        if image.mode.endswith(("A", "a")):
-            msg = f"roi: {path} has an alpha channel: give an image that is bright where to look, and black elsewhere"
+        if image.has_transparency_data:
+            msg = f"roi: {path} has transparency: give an image that is bright where to look, and black elsewhere"
+            raise ValueError(msg)
+        found = [oddity for oddity in oddities_of(image) if oddity.kind in ("frames", "orientation")]
+        for said in oddities({path: found}):
+            msg = f"roi: {said}"
             raise ValueError(msg)
         values = pil_to_tensor(image if image.mode in DEEP else image.convert("L"))[0].float()
     mask = values > values.max() / 2
@@ -45,8 +49,11 @@ def read_mask(path: Path) -> Tensor:
     return mask
 
 
-def region_of(path: str | Path, transform: nn.Module | None) -> Tensor:
+def region_of(path: str | Path, transform: nn.Module | None) -> tuple[Tensor, tuple[str, int, int]]:
     """Read a mask as a pre-processor leaves images, ``(H, W)``; a pixel is inside if all that it is made of is.
+
+    Returns:
+        The mask, and the file, its width and its height.
 
     Raises:
         FileNotFoundError: If nothing is there.
@@ -54,13 +61,14 @@ def region_of(path: str | Path, transform: nn.Module | None) -> Tensor:
     """
     check_roi(path)
     mask = read_mask(Path(path))
+    file = str(path), mask.shape[1], mask.shape[0]
     if transform is None:
-        return mask
+        return mask, file
     inside = transform(mask.float().expand(1, 3, -1, -1))[0, 0] >= INSIDE
     if not inside.any():
         msg = f"roi: nothing is left of {path} at {tuple(inside.shape)} pixels: make its bright part larger"
         raise ValueError(msg)
-    return inside
+    return inside, file
 
 
 def check_same_region(checkpoint: Mapping[str, Any], roi: Tensor) -> None:

@@ -29,6 +29,7 @@ class ComponentsMixin(LightningModule):
     report: bool  # whether a test or prediction ends with a page of what it found
     image_size: tuple[int, int] | None  # height and width of what the pre-processor leaves of any image; None: any
     takes_any_size = False  # whether images may differ in size
+    roi_file: tuple[str, int, int] | None = None  # a mask that all images share, its width and height, if given
 
     @property
     def backbone(self) -> FrozenBackbone:
@@ -62,7 +63,8 @@ class ComponentsMixin(LightningModule):
         components: tuple[object, ...] = (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)
         own, raw = [c for c in components if isinstance(c, Callback)], RawScores()
         # the post-processor, which normalises scores, is between the two
-        return [BatchCheck(any_size=self.image_size is None), raw, *own, Report(page=self.report, raw=raw)]
+        checked = BatchCheck(any_size=self.image_size is None, roi=self.roi_file)
+        return [checked, raw, *own, Report(page=self.report, raw=raw)]
 
     def make_exportable(self) -> None:
         """Have the pre-processor compute the same outside the trainer as within.

@@ -98,6 +98,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             image_size=self.image_size,
             needs_gradients=self.needs_gradients,
             logged=frozenset(self.logged),
+            roi=self.roi_file,
             labelled=labelled(self.post_processor, is_validated=bool(self.trainer.limit_val_batches)),
         )
 

@@ -14,7 +14,17 @@ from .batches import BatchCheck
 from .checkpoint import check_checkpoint, check_image_size
 from .dataset import inspect
 from .findings import Finding, settle
-from .images import Sample, check_layout, datasets_of, loader_findings, loaders_in, mixed_batches, samples_of
+from .images import (
+    Sample,
+    check_layout,
+    datasets_of,
+    loader_findings,
+    loaders_in,
+    mixed_batches,
+    region_findings,
+    samples_of,
+    unread_files,
+)
 from .known import good_findings, images_below, known_findings, known_samples
 from .trainer import (
     LABELS,
@@ -110,9 +120,11 @@ def data_findings(
     summary, found, headers = inspect(
         samples["train"], samples["val"], samples["test"], resized_to(pre_processor), whole=whole
     )
-    findings += found
+    findings += [*found, *unread_files(dataset for dataset in datasets_of(data).values() if dataset is not None)]
     if read:
         findings += known_findings(traits.known, samples["train"], [*samples["val"], *samples["test"]])
+    images = dict.fromkeys(sample.image for part in samples.values() for sample in part)
+    findings += region_findings(traits.roi, [headers[path] for path in images if path in headers])
     if traits.image_size is None:
         parts = [part for part in ("train", "val") if samples[part]]
         loaders = [loader for part in parts for loader in loaders_in(getattr(data, f"{part}_dataloader")())]

@@ -13,10 +13,12 @@ from anomalib.data import Folder
 from anomalib.data.utils.image import is_image_file
 from anomalib.engine import Engine
 from anomalib.models import get_model
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..image_files import left_out
 from .dataset import inspect
 from .findings import NAMED, Finding, error, messages, warning
-from .images import Sample, check_layout
+from .images import PNG, Sample, check_layout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         training += good
         test += evaluated
         findings += [*layout_findings(folder), *mixed(folder, good)]
+        suffixes = PNG if is_category(folder) and (folder / "ground_truth").is_dir() else IMG_EXTENSIONS
+        findings += [warning(said) for said in left_out([folder], {suffix.lower() for suffix in suffixes})]
     summary, found, _ = inspect(training, [], test, whole=("training", "evaluation"))
     findings += found
     if options.backbone and not any(finding.is_error for finding in findings):

@@ -31,10 +31,11 @@ class BatchCheck(Callback):
 
     Args:
         any_size: Whether images go into the network as they are.
+        roi: See :class:`~anomalib_cse.preflight.ModelTraits`.
     """
 
-    def __init__(self, *, any_size: bool) -> None:
-        self.any_size = any_size
+    def __init__(self, *, any_size: bool, roi: tuple[str, int, int] | None = None) -> None:
+        self.any_size, self.roi = any_size, roi
         self.training: Sequence[Sample] = ()
         self.seen: list[object] = []  # datasets
 
@@ -59,7 +60,8 @@ class BatchCheck(Callback):
         if trainer.training:  # or what is wrong with validation would be known after an epoch
             validated = loaders_in(trainer.val_dataloaders)
             check_first([loader for loader in validated if not any(loader.dataset is dataset for dataset in known)])
-        settle([*loader_findings(fresh, any_size=self.any_size), *(end_findings(trainer) if trainer.training else ())])
+        findings = loader_findings(fresh, any_size=self.any_size, roi=self.roi if is_fit else None)
+        settle([*findings, *(end_findings(trainer) if trainer.training else ())])
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = check_loaders
 
@@ -79,9 +81,10 @@ class BatchCheck(Callback):
     on_predict_batch_start = on_validation_batch_start
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Add to an error from reading images which file it was."""
+        """Add to an error from reading images which file it was; a user who breaks a run off waits for nothing."""
         del pl_module
-        if not any("torch/utils/data" in frame.f_code.co_filename for frame, _ in walk_tb(exception.__traceback__)):
+        modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(exception.__traceback__)]
+        if not isinstance(exception, Exception) or not any(name.startswith("torch.utils.data") for name in modules):
             return
         loaders = (loader for name in LOADERS.values() for loader in loaders_in(getattr(trainer, name)))
         loaded = (sample for loader in loaders for sample in samples_of(loader.dataset))

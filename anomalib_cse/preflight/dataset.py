@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from ..checks import and_others
+from ..image_files import and_others
 from .findings import Finding, error, warning
 from .images import Header, Sample, nearly_constant, odd_files, read_samples
 
@@ -36,7 +36,8 @@ def inspect(
     headers: dict[str, Header] = {}
     findings: list[Finding] = []
     for kind, samples in parts.items():
-        findings += read_samples(kind, samples, headers, whole=kind in whole)
+        for found in read_samples(kind, samples, headers, whole=kind in whole):
+            findings += found
     trained, evaluated = (
         [headers[path] for path in dict.fromkeys(s.image for s in parts[kind]) if path in headers]
         for kind in ("training", "evaluation")

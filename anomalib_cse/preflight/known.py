@@ -5,10 +5,10 @@ from pathlib import Path
 
 from anomalib.data.utils.image import is_image_file
 
-from ..checks import and_others
+from ..image_files import and_others
 from .dataset import alike
 from .findings import Finding, error
-from .images import Header, Sample, odd_files, read_samples
+from .images import Header, Mask, Sample, odd_files, read_samples
 
 
 def images_below(name: str, folder: str | Path) -> list[Path]:
@@ -64,17 +64,23 @@ def known_samples(defects: str | Path, masks: str | Path | None, names: tuple[st
 def good_findings(good: Sequence[Sample]) -> Iterator[Finding]:
     """Say what is wrong with files of good images to learn of."""
     headers: dict[str, Header] = {}
-    yield from read_samples("good image's", good, headers, whole=True)
+    unreadable, found = read_samples("good image's", good, headers, whole=True)
+    yield from (*unreadable, *found)
     yield from odd_files(headers.values())
+
+
+def is_black(mask: Mask | None) -> bool:
+    """Whether anomalib counts nothing of a mask as defect."""
+    return mask is not None and not mask.share
 
 
 def known_findings(known: Sequence[Sample], good: Sequence[Sample], evaluation: Sequence[Sample]) -> Iterator[Finding]:
     """Say what is wrong with images of known defects, also beside those to fit to and those to evaluate with."""
     headers: dict[str, Header] = {}
-    read = read_samples("known defect's", known, headers, whole=True)
-    yield from (finding for finding in read if finding.is_error)
+    unreadable, found = read_samples("known defect's", known, headers, whole=True)
+    yield from (finding for finding in (*unreadable, *found) if finding.is_error)
     yield from odd_files(headers.values())
-    empty = [s.mask for s in known if s.mask in headers and headers[s.mask].is_black]
+    empty = [s.mask for s in known if s.mask in headers and is_black(headers[s.mask].mask)]
     if empty:
         yield error(f"{empty[0]}, the mask of a known defect, is black: make it bright where it is{and_others(empty)}")
     known = [sample for sample in known if sample.image in headers]

@@ -40,6 +40,7 @@ class ModelTraits:
         logged: What it logs while fitting, its evaluator's metrics apart.
         labelled: Which of ``"val"`` and ``"test"`` batches get labels, as far as that is known before.
         known: Images of defects that it is to learn from.
+        roi: The file of a mask that all images share, if there is one, its width and its height.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelTraits:
     logged: frozenset[str]
     labelled: frozenset[str]
     known: Sequence[Sample] = ()
+    roi: tuple[str, int, int] | None = None
 
 
 def datamodule_of(trainer: object) -> AnomalibDataModule | None:
@@ -132,6 +134,11 @@ def single_pass_findings(trainer: Trainer, name: str) -> Iterator[Finding]:
     """Say if a trainer would validate within the one epoch, or has arguments for gradients."""
     if trainer.precision == "16-mixed" and trainer.world_size > 1:
         yield error("several processes take precision 32-true or bf16-mixed, got 16-mixed: it needs an optimizer")
+    if trainer.check_val_every_n_epoch not in (1, None):
+        yield error(
+            f"{name} is fitted and validated in one epoch: leave check_val_every_n_epoch at 1, got "
+            f"{trainer.check_val_every_n_epoch} (limit_val_batches=0 does without validation)"
+        )
     interval = trainer.val_check_interval
     if isinstance(interval, int) or interval != 1.0:  # the whole number 1 is a batch
         yield error(f"the model is fitted after a whole epoch: leave val_check_interval at 1.0, got {interval}")

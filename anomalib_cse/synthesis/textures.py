@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torchvision.datasets import DTD
 from torchvision.transforms.v2 import functional as TF
 
-from ..checks import oddities, opened
+from ..image_files import left_out, oddities, oddities_of, opened
 
 TEXTURES_KEPT = 512
 TEXTURE_SIZE = 256  # pixels a side
@@ -57,16 +57,16 @@ def load_textures(folder: str | Path, count: int, size: int, generator: Generato
         msg = f"dtd_dir: no photographs ({kinds}) below {folder}; links to other folders are not followed"
         raise FileNotFoundError(msg)
     chosen = [files[i] for i in torch.randperm(len(files), generator=generator)[:count].tolist()]
-    modes, textures = {}, []
+    odd, textures = {}, []
     for file in chosen:
         try:
             with opened(file) as image:
-                modes[file], photograph = image.mode, TF.pil_to_tensor(image.convert("RGB"))
+                odd[file], photograph = oddities_of(image), TF.pil_to_tensor(image.convert("RGB"))
         except ValueError as error:
             msg = f"dtd_dir: {error}"
             raise ValueError(msg) from error
         textures.append(TF.center_crop(TF.resize(photograph, [size], antialias=True), [size]))
-    for found in oddities(modes):
+    for found in (*oddities(odd), *left_out([Path(folder)], SUFFIXES)):
         warnings.warn(found, stacklevel=2)
     return torch.stack(textures)
 

@@ -42,8 +42,10 @@ def require_anomalib() -> None:
     """
     from importlib.metadata import version
 
+    from packaging.version import Version
+
     found = version("anomalib")
-    if tuple(map(int, found.split(".")[:2])) < OLDEST:
+    if Version(found).release < OLDEST:
         msg = (
             f"anomalib-cse needs anomalib {'.'.join(map(str, OLDEST))} or newer, found {found}: pip install -U anomalib"
         )
@@ -59,10 +61,13 @@ def register(package) -> None:  # noqa: ANN001
     from importlib import import_module
 
     modules = {name: module for name, module in PACKAGES[package.__name__].items() if not hasattr(package, name)}
+    own = vars(package).get("__getattr__")
 
     def __getattr__(name):  # noqa: ANN001, ANN202, N807
         if name in modules:
             return getattr(import_module(modules[name]), name)
+        if own is not None:
+            return own(name)
         msg = f"module {package.__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
 

@@ -59,6 +59,20 @@ with warnings.catch_warnings(record=True) as caught:
     except RuntimeError as error:
         print(error)
 """
+BETA = """
+import importlib.metadata
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "3.0b1" if name == "anomalib" else version(name)
+import anomalib.models as m
+print(m.Cse.__name__)
+"""
+LAZY = """
+class AnomalibModule: pass
+def __getattr__(name):
+    if name == "Lazy":
+        return "kept"
+    raise AttributeError(name)
+"""
 ABSENT = "import sys; sys.modules['anomalib'] = None\ntry: import anomalib.models\nexcept ImportError: print('absent')"
 
 PROGRAMS = {  # what each is, its code, what it prints
@@ -79,6 +93,8 @@ PROGRAMS = {  # what each is, its code, what it prints
         OLDER,
         "anomalib-cse needs anomalib 2.7 or newer, found 2.6.2: pip install -U anomalib False True",
     ),
+    "a version that is no number": (BETA, "Cse"),
+    "what anomalib imports on demand": (OTHER.format(LAZY) + "print(anomalib.models.Lazy)", "AnomalibModule True kept"),
     "absent anomalib": (ABSENT, "absent"),
     "anomalib unlike ours left alone": (OTHER.format("class AnomalibModule: pass"), "AnomalibModule True"),
     "broken anomalib in its own words": (OTHER.format("raise RuntimeError('broken')"), "broken"),

@@ -209,9 +209,9 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> list[Tensor]:
-        """Return the features of images in the trainer's precision, as float32."""
-        with self.trainer.precision_plugin.forward_context():
-            return [f.float() for f in self.model.backbone(images)]
+        """Return the features of images in single precision, in which the model is deployed: thresholds are of them."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model.backbone(images)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> STEP_OUTPUT:
         """Return the loss of a batch of images and their partners."""
@@ -265,19 +265,21 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
             return torch.tensor(torch.inf)
         # averages over the last few small batches differ so much from one another that scores differ with them
         update_bn(((pairs.features(),) for pairs in pairing.held_out_pairs()), self.embedder)
+        was_training = self.training
         self.eval()
         total, count = torch.zeros((), device=self.device), 0
         for pairs in pairing.held_out_pairs():
             total += self.pair_loss(pairs) * len(pairs.corrupted)
             count += len(pairs.corrupted)
-        self.train()
+        self.train(was_training)  # validation calls this too
         return total / count
 
     def unseen_scores(self) -> UnseenScores | None:
         """Score the held-out images; ``None`` if there are none."""
         pairing, size = self.pairing, cast(tuple[int, int], self.image_size)
-        scores = None if pairing is None else unseen_scores(self.model, pairing, size, int(self.fit_seed))
-        return self.trainer.strategy.broadcast(scores)
+        if pairing is None:
+            return None
+        return self.from_first(lambda: unseen_scores(self.model, pairing, size, int(self.fit_seed)))
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
         """Score images ``(B, 3, H, W)``; while fitting from features that are kept."""

@@ -206,12 +206,14 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
             generator_for(seed, Stream.SAMPLE, self.global_rank),
             has_positions=self.image_size is not None,
         )
-        synthesis = None
-        if self.trainer.is_global_zero:
+
+        def read_textures() -> None:
             generator = generator_for(seed, Stream.GAUSSIAN_TEXTURES)
             textures = textures_from(self.hparams["dtd_dir"], generator, TEXTURES_READ)
-            synthesis = AnomalySynthesis(textures, kinds=self.hparams["defects"])
-        self.run = Run(sample, synthesis)
+            self.run = Run(sample, AnomalySynthesis(textures, kinds=self.hparams["defects"]))
+
+        self.run = Run(sample, None)
+        self.from_first(read_textures)
         self.model.eval()
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor | None:
@@ -261,7 +263,9 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         seed = strategy.broadcast(self.effective_seed)
         if self.trainer.world_size > 1:
             sample.sum_over_processes(lambda values: strategy.reduce(values, reduce_op="sum"))
-        if synthesis is not None:  # in the first process
+
+        def fit_here() -> None:
+            assert synthesis is not None  # in the first process
             known = read_known(self.known_samples(), transform_of(self.pre_processor))
             fitted = fit(self.model, sample, synthesis.to(self.device), self.hparams["variations"], seed, known)
             if sample.has_positions:
@@ -272,6 +276,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
                 rank_zero_info(f"What a position's own images say of its covariance counts {listed}.")
             self.run = Run(sample, None, fitted)
             self.sums = Sums.of(sample, fitted, seed) if self.hparams["keep_sums"] else None
+
+        self.from_first(fit_here)
         self.share_fitted()
 
     def unseen_scores(self) -> UnseenScores | None:
@@ -280,18 +286,14 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         Raises:
             ValueError: If a fit to some of them fails, in every process.
         """
-        scores, failure = None, ""
         run, self.run = self.run, None
-        if run is not None and run.fitted is not None and run.sample.count >= FOLDS:
-            kinds, seed = self.hparams["variations"], self.effective_seed
-            try:
-                scores = unseen_scores(self.model, run.sample, run.fitted, kinds, seed)
-            except ValueError as error:  # the other processes wait for what comes next
-                failure = str(error)
-        scores, failure = self.trainer.strategy.broadcast((scores, failure))
-        if failure:
-            raise ValueError(failure)
-        return scores
+
+        def score_here() -> UnseenScores | None:
+            if run is None or run.fitted is None or run.sample.count < FOLDS:
+                return None
+            return unseen_scores(self.model, run.sample, run.fitted, self.hparams["variations"], self.effective_seed)
+
+        return self.from_first(score_here)
 
     def on_fit_end(self) -> None:
         """Let go of the training images."""

@@ -25,25 +25,26 @@ CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 
 
 def export_any_size(model: nn.Module, path: Path, **options: Any) -> Path:
-    """Export a model that takes images ``(B, 3, H, W)`` of any size to ONNX.
+    """Export a model that takes images ``(B, 3, H, W)`` of any size to ONNX, with options of ``torch.onnx.export``.
 
     anomalib's own export traces images of 2x2 pixels, whose features have one position: what it then writes holds for
     these alone.
+
+    Raises:
+        ValueError: If ``dynamo`` is off, without which no size can be left open, or sizes are described otherwise.
     """
+    fixed = [name for name in ("dynamic_axes", "dynamic_shapes") if options.get(name) is not None]
+    if not options.pop("dynamo", True) or fixed:
+        what = fixed[0] if fixed else "dynamo=False"
+        msg = f"a model of images of any size takes no {what}: leave it out of onnx_kwargs"
+        raise ValueError(msg)
     path.parent.mkdir(parents=True, exist_ok=True)
     images = torch.zeros(2, 3, *EXAMPLE, device=next(model.parameters()).device)
     found = model.eval()(images)._asdict()
     size = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)  # a named one is to be proven free for all sizes, even 1
-    torch.onnx.export(
-        model,
-        (images,),
-        path,
-        input_names=["input"],
-        output_names=[name for name, value in found.items() if value is not None],
-        dynamic_shapes=(size,),
-        dynamo=True,
-        **options,
-    )
+    names = {"input_names": ["input"], "output_names": [name for name, value in found.items() if value is not None]}
+    shapes = {"dynamic_shapes": (size,), "dynamic_axes": None}
+    torch.onnx.export(model, (images,), path, **{**names, **options, **shapes, "dynamo": True})
     return path
 
 

@@ -1,9 +1,9 @@
 """What both models share on their way from training to deployment."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from anomalib import LearningType
@@ -36,6 +36,8 @@ from .post_processing import MidwayPostProcessor, labelled
 from .trainer import FOUND, restore_at_end, restorer_of, results_folder
 
 COMPONENT_SETTINGS = {"anomalib_pre_processor_config", "anomalib_post_processor_config"}  # in a checkpoint
+
+Computed = TypeVar("Computed")
 
 
 class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
@@ -164,6 +166,25 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             names = ", ".join(type(callback).__name__ for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
             msg = f"the frozen backbone has changed while fitting, the model is none: one of the callbacks ({names})?"
             raise RuntimeError(msg)
+
+    def from_first(self, compute: Callable[[], Computed]) -> Computed:
+        """Return in every process what the first one computes; what it raises all raise, as the others wait for it.
+
+        Raises:
+            ValueError: If it raises one, with the same words; of another error, theirs is a ``RuntimeError``.
+        """
+        found, reason, failure = None, None, None
+        if self.trainer.is_global_zero:
+            try:
+                found = compute()
+            except Exception as error:  # noqa: BLE001  whatever it is, the others must not wait for ever
+                failure, reason = error, (isinstance(error, ValueError), str(error))
+        found, reason = self.trainer.strategy.broadcast((found, reason))
+        if failure is not None:
+            raise failure
+        if reason is not None:
+            raise (ValueError if reason[0] else RuntimeError)(reason[1])
+        return cast(Computed, found)
 
     def share_fitted(self) -> None:
         """Give every process what the first one has fitted: the deployed model but for its backbone, which all have."""

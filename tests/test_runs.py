@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from anomalib.data import InferenceBatch
-from anomalib_cse.cse.pairs import Pairs
 from onnxruntime import InferenceSession
 from torch import nn
 
 from anomalib_cse import Cse
+from anomalib_cse.cse.training_pairs import Pairs
 from anomalib_cse.deployment import DeploymentMixin
 from anomalib_cse.deployment.export import export_any_size
 from anomalib_cse.preflight.batches import BatchCheck

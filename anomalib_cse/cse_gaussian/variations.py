@@ -71,6 +71,7 @@ def varied_features(
     """Give batches of sampled images, and their features once they are changed; the numbers decide how."""
     done = 0
     for seen in batches(images):
+        # outside a region of interest images have been painted, so light and blur see that paint, not what was there
         changed = varied(seen.images, kind, generator_for(*numbers, Stream.VARIATIONS, done))
         yield seen, model.smoothed_features(changed, seen.inside)
         done += len(seen.images)

@@ -36,15 +36,15 @@ def inspect(
     headers: dict[str, Header] = {}
     findings: list[Finding] = []
     for kind, samples in parts.items():
-        for found in read_samples(kind, samples, headers, whole=kind in whole):
-            findings += found
+        unreadable, found = read_samples(kind, samples, headers, whole=kind in whole)
+        findings += [*found, *unreadable]
     trained, evaluated = (
         [headers[path] for path in dict.fromkeys(s.image for s in parts[kind]) if path in headers]
         for kind in ("training", "evaluation")
     )
-    constant, unreadable = nearly_constant(trained)
+    constant, torn = nearly_constant(trained)
     both = [*trained, *evaluated]
-    findings += [error(f"training file {reason}") for reason in unreadable]
+    findings += [error(f"training file {reason}") for reason in torn]
     findings += copies(*([s for s in parts[kind] if s.image in headers] for kind in ("training", "evaluation")))
     findings += odd_files(headers.values())
     findings += mixtures(both, size)

@@ -32,12 +32,16 @@ NATIVE = {**COMMON, "image_size": None, "pre_processor": False}
 
 @pytest.fixture(scope="session")
 def strips(tmp_path_factory):
+    return strips_of(SIZES, tmp_path_factory.mktemp("strips"))
+
+
+def strips_of(sizes, root):
     """Grey noise in images of several sizes, 9 to train and 6 to test with; defects are white squares."""
-    root, rng = tmp_path_factory.mktemp("strips"), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for kind, count in (("train", 9), ("good", 6), ("square", 6)):
         (root / kind).mkdir()
         for number in range(count):
-            image = rng.integers(90, 110, (*SIZES[number % 3], 3), dtype=np.uint8)
+            image = rng.integers(90, 110, (*sizes[number % len(sizes)], 3), dtype=np.uint8)
             if kind == "square":
                 image[20:40, 30:50] = 255
             cv2.imwrite(str(root / kind / f"{number}.png"), image)
@@ -174,9 +178,10 @@ def test_an_exported_file_scores_any_size_as_the_engine_does(kind, native, strip
     assert max(scores) - min(scores) > 0.5
 
 
-def test_a_region_is_resized_to_each_image_in_an_exported_file_too(strips, dtd, tmp_path):
-    roi = np.zeros((40, 40), np.uint8)
-    roi[:, 10:] = 255
+def test_a_region_is_resized_to_each_image_in_an_exported_file_too(dtd, tmp_path):
+    strips = strips_of([(48, 320), (72, 480)], tmp_path)
+    roi = np.zeros((24, 160), np.uint8)
+    roi[:, 40:] = 255
     cv2.imwrite(str(tmp_path / "roi.png"), roi)
     model = CseGaussian(**NATIVE, dtd_dir=str(dtd), roi=tmp_path / "roi.png")
     engine = Engine(default_root_dir=tmp_path, **QUIET)

@@ -350,6 +350,7 @@ def test_camera_loop_gives_eight_bit_weights_a_score_for_every_image(compressed,
     assert len(set(scores)) == 3
 
 
+@pytest.mark.filterwarnings("ignore:.* has the EXIF orientation")
 def test_camera_loop_reads_as_anomalib_does(models, exported, tmp_path):
     """Images that are to be turned according to their EXIF data, and of 16 bits in colour."""
     files = tmp_path / "files"

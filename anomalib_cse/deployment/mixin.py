@@ -308,6 +308,14 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             WholeCheckpointIO().load_checkpoint(checkpoint_path)  # names a torn file
             raise
 
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export as anomalib does, without the names of the folders that the model was fitted to."""
+        origin, self.origin = self.origin, Origin()
+        try:
+            return super().to_torch(*args, **kwargs)
+        finally:
+            self.origin = origin
+
     def to_onnx(  # type: ignore[override]
         self,
         export_root: Path | str,

@@ -221,6 +221,7 @@ def test_own_dataloaders_and_pre_processor_without_hold_out(mvtec_root, dtd, tmp
     assert are_equal(model.model.embedder.state_dict(), model.embedder.state_dict())  # the last one
 
 
+@pytest.mark.filterwarnings("ignore:all validation images have the same score")
 def test_second_fit_of_a_model_forgets_the_first(fit):
     """Even if its hold-out loss is higher."""
     model, _ = fit(2)

@@ -173,7 +173,8 @@ def test_masks_of_good_images_are_left_alone(tmp_path):
     good = {"image_path": [str(tmp_path / "image.png")], "mask_path": [str(tmp_path / "mask.png")], "label_index": [0]}
 
     def found(samples):
-        return read_samples("evaluation", samples_of(SimpleNamespace(samples=samples)), {}, whole=True)
+        unreadable, findings = read_samples("evaluation", samples_of(SimpleNamespace(samples=samples)), {}, whole=True)
+        return [*unreadable, *findings]
 
     assert not found(good)
     [warning] = found({**good, "label_index": [1]})

@@ -69,7 +69,7 @@ def test_test_predict_and_export_take_the_checkpoint(first_run, arguments, data,
     model = ["--model", "Cse", *flags("model", arguments), "--ckpt_path", checkpoint(folder)]
     assert metrics(command_line(tmp_path, "test", *model, "--data", "MVTec", *flags("data", data))) == metrics(printed)
     command_line(tmp_path, "predict", *model, "--data", Path(data["root"]) / "tiny" / "test" / "square")
-    assert len(list(tmp_path.rglob("Cse/*/images/**/*.png.jpg"))) >= 4
+    assert len(list(tmp_path.rglob("Cse/**/predict/v0/images/**/*.png.jpg"))) >= 4
     command_line(tmp_path, "export", *model, "--export_type", "torch", "--export_root", tmp_path / "exported")
     assert [path.name for path in (tmp_path / "exported").rglob("*.*")] == ["model.pt"]
 

@@ -73,14 +73,20 @@ def fit(
 
 def fit_by(model: CseGaussianModel, sample: TrainingSample, fitted: Fit) -> Fit:
     """Fit a model by moments, of the sample and of a fit; return that with the strengths that follow."""
-    pooled = [m.pooled() for m in sample.moments]
+    fitted = fit_gaussians(model, sample.moments, fitted)
+    fit_scales(model, batches(sample.kept))
+    return fitted
+
+
+def fit_gaussians(model: CseGaussianModel, moments: Sequence[Moments], fitted: Fit) -> Fit:
+    """Fit all but the scales, by moments of clean features and of a fit; return that with the strengths that follow."""
+    pooled = [m.pooled() for m in moments]
     defects = with_known(over_folds(fitted.defects), fitted.known)
     factors = fit_directions(model, pooled, defects, over_folds(fitted.changes))
     if useless := without_evidence(model.backbone.levels, factors):
         rank_zero_warn(f"{NOTHING_STANDS_OUT.format(', '.join(useless))}; it counts for nothing")
-    strengths = [strength_of(*of_layer) for of_layer in zip(model.maps, sample.moments, strict=True)]
-    fit_covariances(model, sample.moments, factors, strengths)
-    fit_scales(model, batches(sample.kept))
+    strengths = [strength_of(*of_layer) for of_layer in zip(model.maps, moments, strict=True)]
+    fit_covariances(model, moments, factors, strengths)
     return fitted._replace(strengths=strengths)
 
 

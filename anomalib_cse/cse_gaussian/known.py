@@ -63,10 +63,7 @@ def known_moments(model: CseGaussianModel, known: Iterable[KnownDefect], like: S
     """
     moments = [Moments(m.first.shape[-1], device=m.first.device) for m in like]
     for image, mask in known:
-        image = image.to(model.layer_weights)
-        inside = model.inside(image.shape[-2:])
-        image = model.filled_up(image)
-        inside = None if inside is None else model.filled_up(inside)
+        image, inside = model.filled_up_with_region(image.to(model.layer_weights))
         features = model.smoothed_features(image, inside)
         where = located(model, features) if mask is None else filled_up(mask.to(image), model.backbone.stride)
         for of_layer, f in zip(moments, features, strict=True):

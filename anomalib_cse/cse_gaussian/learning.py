@@ -1,7 +1,7 @@
 """Learning on: new good images and known defects join a fitted model's sums, without the images of before."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -13,9 +13,9 @@ from torch import Tensor
 from ..deployment import UnseenScores
 from ..preflight import Sample, good_findings, images_below, known_findings, known_samples, settle
 from ..synthesis import Stream
-from .fit import Fit, fit_covariances, fit_directions, fit_scales, mean_distances, over_folds, strength_of
+from .fit import Fit, fit_gaussians, fit_scales, mean_distances
 from .folds import unseen_scores
-from .known import KnownDefect, known_moments, with_known
+from .known import KnownDefect, known_moments
 from .sample import FOLDS, SampledImage, TrainingSample, batches, draw
 from .sums import KEPT, Sums, where_needed
 from .torch_model import CseGaussianModel
@@ -99,27 +99,14 @@ def unchanged_if_it_fails(model: AnomalibModule) -> Iterator[None]:
         raise
 
 
-def good_sample(
-    model: CseGaussianModel, images: Iterable[tuple[str, Tensor]], sample: TrainingSample
-) -> TrainingSample:
-    """Add good images ``(1, 3, H, W)``, with their paths, to a sample."""
-    for path, read in images:
-        image = read.to(model.layer_weights)
-        inside = model.inside(image.shape[-2:])
-        image, inside = model.filled_up(image), None if inside is None else model.filled_up(inside)
-        features = model.smoothed_features(image, inside)
-        sample.add(image if inside is None else model.blanked(image, inside), features, [path], inside)
-    return sample
-
-
-def kept_images(model: CseGaussianModel, sums: Sums, share: float) -> Iterator[SampledImage]:
-    """Give the good images that sums hold, as they are in these after all but a ``share`` has been forgotten."""
-    for pixels, fold, part in sums.images:
+def kept_images(model: CseGaussianModel, sums: Sums) -> Iterator[SampledImage]:
+    """Give the good images that sums hold."""
+    for pixels, fold, share in sums.images:
         image = pixels.to(model.layer_weights)[None] / 255
         inside = model.inside(image.shape[-2:])
         features = model.smoothed_features(image, inside)
         region = None if inside is None else inside[0]
-        yield SampledImage(image[0], [f[0] for f in features], region, "", fold, part * share)
+        yield SampledImage(image[0], [f[0] for f in features], region, "", fold, share)
 
 
 def sample_of(kept: Sequence[SampledImage], like: TrainingSample) -> TrainingSample:
@@ -165,37 +152,40 @@ def learn(
     share = 1 - forget
     before = copy.deepcopy(model, {id(model.backbone): model.backbone})
     found = [old + more for old, more in zip(sums.fitted.known, known_moments(model, known, sums.moments), strict=True)]
-    old = list(kept_images(model, sums, 1.0))
-    kept = [one._replace(share=one.share * share) for one in old] if share else []
     of_before = TrainingSample(0, torch.Generator())
-    of_before.moments, of_before.kept, of_before.count = sums.moments, old, round(sums.good)
-    moments = [m.times(share) for m in sums.moments] if share < 1 else list(sums.moments)
-    if new is not None:
-        of_new = where_needed(new.moments, [torch.inf if m.weight.dim() == 1 else 0.0 for m in moments])
-        moments = [m + n.to(m.first) for m, n in zip(moments, of_new, strict=True)]  # those of before may be elsewhere
-    total = sample_of([*kept, *(new.kept if new else [])], of_before)
-    total.moments, total.count = moments, round(sums.good * share) + (new.count if new else 0)
-
-    fitted = sums.fitted._replace(known=found)
-    defects = with_known(over_folds(fitted.defects), found)
-    factors = fit_directions(model, [m.pooled() for m in moments], defects, over_folds(fitted.changes))
-    strengths = [strength_of(*of_layer) for of_layer in zip(model.maps, moments, strict=True)]
-    fitted = fitted._replace(strengths=strengths)
-    fit_covariances(model, moments, factors, strengths)
+    of_before.moments, of_before.kept = sums.moments, list(kept_images(model, sums))
+    of_before.count = sums.good
+    kept = [one._replace(share=one.share * share) for one in of_before.kept] if share else []
+    total = joined(sample_of(kept, of_before), new, share)
+    fitted = fit_gaussians(model, total.moments, sums.fitted._replace(known=found))
     rescale(model, before, kept, new, sums.good * share)
 
     scores = None
-    if scored and len(old) >= FOLDS:
+    if scored and len(of_before.kept) >= FOLDS:
+        fits = [(before, of_before.kept, of_before, sums.fitted)]
+        if kept or new:
+            fits.append((model, kept or cast(TrainingSample, new).kept, total, fitted))
+        if new and new.count > 1:
+            fits.append((model, new.kept, total, fitted))
         unseen = [
             unseen_scores(own, sample_of(images, sample), fit, variations, seed, of_more=True)
-            for own, images, sample, fit in (
-                (before, old, of_before, sums.fitted),
-                *([(model, kept or new.kept, total, fitted)] if kept or new else []),  # type: ignore[union-attr]
-                *([(model, new.kept, total, fitted)] if new and new.count > 1 else []),
-            )
+            for own, images, sample, fit in fits
         ]
         scores = unseen[0], unseen[1], unseen[2] if len(unseen) > 2 else None
     return summed_up(sums, total, fitted, new, seed), scores
+
+
+def joined(earlier: TrainingSample, new: TrainingSample | None, share: float) -> TrainingSample:
+    """Return a ``share`` of the sums of earlier images with those of new ones, and the images of both."""
+    total = copy.copy(earlier)
+    total.moments = [m.times(share) for m in earlier.moments] if share < 1 else list(earlier.moments)
+    total.count = round(earlier.count * share)
+    if new is not None:
+        of_new = where_needed(new.moments, [torch.inf if m.weight.dim() == 1 else 0.0 for m in total.moments])
+        # those of before may be elsewhere
+        total.moments = [m + n.to(m.first) for m, n in zip(total.moments, of_new, strict=True)]
+        total.kept, total.count = [*earlier.kept, *new.kept], total.count + new.count
+    return total
 
 
 def rescale(

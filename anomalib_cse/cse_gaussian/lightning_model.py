@@ -1,6 +1,6 @@
 """CseGaussian in anomalib: one pass over the training images, then the closed form."""
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -15,32 +15,22 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from rich.progress import track
 from torch import Tensor, nn
 
-from ..checks import check_fit, check_flag, check_kinds, check_large_enough, check_number, plain
-from ..deployment import (
-    DeploymentMixin,
-    MidwayPostProcessor,
-    UnseenScores,
-    choose_post_processor,
-    choose_pre_processor,
-    extremes,
-    transform_of,
-)
+from ..checks import check_fit, check_flag, check_kinds, check_large_enough, plain
+from ..deployment import UnseenScores, choose_post_processor, choose_pre_processor, transform_of
 from ..preflight import ModelTraits, Sample, known_samples
 from ..synthesis import KINDS, AnomalySynthesis, Stream, download_textures, generator_for, textures_from
 from .fit import Fit, fit, own_share
 from .folds import unseen_scores
-from .known import check_known, pixels_of, read_known
-from .learning import Learnt, good_sample, learn, new_samples, unchanged_if_it_fails
+from .known import check_known, read_known
+from .learning_mixin import LearningMixin
 from .region import check_same_region, region_of
-from .sample import FOLDS, TrainingSample, in_one_pass, in_passes
+from .sample import FOLDS, TrainingSample, add_images, in_one_pass
 from .sums import Sums
-from .torch_model import CseGaussianModel, positions_inside
+from .torch_model import CseGaussianModel
 from .variations import VARIATIONS
 
-SUMS = "cse_gaussian_sums"  # what a checkpoint calls them
 TEXTURES_READ = 64  # of at most 128 defects, with all kinds a third need one
 
 
@@ -52,7 +42,7 @@ class Run(NamedTuple):
     fitted: Fit | None = None
 
 
-class CseGaussian(DeploymentMixin, AnomalibModule):
+class CseGaussian(LearningMixin, AnomalibModule):
     """CSE in closed form: the directions in which synthetic defects stand out, and Gaussian distances along them.
 
     ``model``, a :class:`~anomalib_cse.cse_gaussian.CseGaussianModel`, is fitted at the end of one epoch, from sums over
@@ -150,7 +140,6 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         # DistributedDataParallel refuses a module in which nothing takes a gradient, Lightning steps without a loss
         self.unused = nn.Parameter(torch.zeros(()))
         self.run: Run | None = None
-        self.sums: Sums | None = None
 
     @property
     def trainer_arguments(self) -> dict[str, int]:
@@ -187,8 +176,6 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         """Forget a fit that broke off."""
         super().setup(stage)
         self.run = None
-        if stage == TrainerFn.FITTING:
-            self.sums = None
 
     def on_fit_start(self) -> None:
         """Seed torch's global random numbers, from which dataloaders draw the order of images."""
@@ -222,16 +209,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         assert self.run is not None  # since on_train_start
         images = cast(Tensor, batch.image)
         check_large_enough(images, self.backbone.stride)
-        inside = self.model.inside(images.shape[-2:])
-        inside = None if inside is None else inside.expand(len(images), -1, -1, -1)
-        images, inside = self.model.filled_up(images), None if inside is None else self.model.filled_up(inside)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # as images are scored
-            passes = [self.model.smoothed_features(*part) for part in in_passes(images, inside)]
-            features = [torch.cat(layer) for layer in zip(*passes, strict=True)]
-            if inside is not None:
-                positions_inside(inside, self.model.stride)
-                images = self.model.blanked(images, inside)  # synthetic defects may be made of their own pixels
-            self.run.sample.add(images, features, batch.image_path, inside)
+            add_images(self.model, self.run.sample, images, batch.image_path)
         return self.unused if self.trainer.world_size > 1 else None
 
     def score(self, images: Tensor, paths: Sequence[str] | None = None) -> InferenceBatch:
@@ -304,132 +283,8 @@ class CseGaussian(DeploymentMixin, AnomalibModule):
         """Leave files out that have been read: the region of interest is among the buffers."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["hyper_parameters"] |= dict.fromkeys(("roi", "known_defects", "known_masks"))
-        if self.sums is not None:
-            checkpoint[SUMS] = self.sums.packed()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the checkpoint; raise a ``ValueError`` if it has another region of interest than was given."""
         super().on_load_checkpoint(checkpoint)
         check_same_region(checkpoint, self.model.roi)
-        self.sums = Sums.unpacked(checkpoint[SUMS]) if SUMS in checkpoint else None
-
-    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export as anomalib does, without what is kept of the training images."""
-        sums, self.sums = self.sums, None
-        try:
-            return super().to_torch(*args, **kwargs)
-        finally:
-            self.sums = sums
-
-    def learn(
-        self,
-        good: str | Path | None = None,
-        defects: str | Path | None = None,
-        masks: str | Path | None = None,
-        forget: float = 0.0,
-    ) -> Learnt:
-        """Learn of new good images and of defects, without the images of before, as a fit to all at once would.
-
-        Directions and covariances follow exactly from sums; scales and thresholds as far as 24 good images tell that
-        the checkpoint holds. Defects are not told apart from others: to learn of an image twice counts it twice.
-
-        Args:
-            good: Folder of good images, and of folders in it.
-            defects: Folder of images with defects; see ``known_defects``.
-            masks: Folder of their masks, or ``None``; see ``known_masks``.
-            forget: Part of the earlier good images that counts no more, in [0, 1]; above 0 it takes ``good`` ones.
-
-        Returns:
-            What has changed.
-
-        Raises:
-            FileNotFoundError: If a folder is not there.
-            ValueError: If images or arguments will not do, or the model has no sums; the model is as it was then.
-        """
-        samples = new_samples(good, defects, masks)
-        check_number("forget", forget, "[0, 1]")
-        if forget and good is None:
-            msg = f"forget is for new good images to take the place of others, got {forget} without good"
-            raise ValueError(msg)
-        if self.sums is None:
-            msg = "the model has no sums to learn on from: fit it, or load a checkpoint of one with keep_sums=True"
-            raise ValueError(msg)
-        with unchanged_if_it_fails(self):
-            return self.learn_of(*samples, forget)
-
-    def learn_of(self, good: Sequence[Sample], defects: Sequence[Sample], forget: float) -> Learnt:
-        """Learn of images that have been checked."""
-        sums, own, seed = cast(Sums, self.sums), self.post_processor, self.effective_seed
-        sample, known = self.sampled(good, seed), read_known(defects, transform_of(self.pre_processor))
-        before = self.scores_of(good), self.scores_of(defects)
-        thresholds = [self.threshold]
-        kinds, follows = self.hparams["variations"], isinstance(own, MidwayPostProcessor) and own.has_thresholds
-        self.sums, scores = learn(self.model, sums, sample, known, forget, kinds, seed, scored=follows)
-        after = self.scores_of(good), self.scores_of(defects)
-        if isinstance(own, MidwayPostProcessor) and follows:
-            if scores is None:
-                msg = f"thresholds cannot follow, as a fit to fewer than {FOLDS} images tells too little: fit to all"
-                raise ValueError(msg)
-            own.follow(*scores, 1 - forget)
-        if scores is not None and scores[2] is not None and len(scores[2].images) == len(good):
-            after = scores[2].images, after[1]
-        thresholds.append(self.threshold)
-        said = own.expectation if isinstance(own, MidwayPostProcessor) else ""
-        return Learnt(
-            (sums.good, sums.known), (before[0], after[0]), (before[1], after[1]), (thresholds[0], thresholds[1]), said
-        )
-
-    def recalibrate(self, good: str | Path) -> Learnt:
-        """Set thresholds by a folder of new good images, and leave all else as it is.
-
-        Raises:
-            FileNotFoundError: If the folder is not there.
-            ValueError: If it has fewer than 5 images, or the model no thresholds of its own kind.
-        """
-        [samples, _] = new_samples(good, None, None)
-        own = self.post_processor
-        if not (isinstance(own, MidwayPostProcessor) and own.has_thresholds):
-            msg = "the model has no thresholds to set: fit it with a reject_rate, or with validation images"
-            raise ValueError(msg)
-        before, sums = self.threshold, self.sums
-        found = self.found_of(samples)
-        own.recalibrate(found)
-        known = (sums.good, sums.known) if sums else (0, 0)
-        nothing = torch.zeros(0)
-        return Learnt(
-            known,
-            (found.images, found.images),
-            (nothing, nothing),
-            (before, self.threshold),
-            own.expectation,
-            thresholds_only=True,
-        )
-
-    @property
-    def threshold(self) -> float:
-        """The raw score above which an image is anomalous; NaN if there is none."""
-        own = self.post_processor
-        return own.cut if isinstance(own, MidwayPostProcessor) and own.has_thresholds else float("nan")
-
-    def prepared(self, samples: Sequence[Sample]) -> Iterator[tuple[str, Tensor]]:
-        """Give the paths of images, and these as the pre-processor leaves them ``(1, 3, H, W)``."""
-        for sample in track(samples, description="Reading images") if samples else ():
-            pixels = pixels_of(sample.image).to(self.device)
-            yield sample.image, self.pre_processor(pixels) if self.pre_processor else pixels
-
-    def sampled(self, good: Sequence[Sample], seed: int) -> TrainingSample | None:
-        """Return sums and a sample of good images; ``None`` if there are none."""
-        budget, generator = self.hparams["memory_budget"], generator_for(seed, Stream.SAMPLE)
-        sample = TrainingSample(budget, generator, has_positions=self.image_size is not None)
-        with torch.no_grad():
-            return good_sample(self.model, self.prepared(good), sample) if good else None
-
-    @torch.no_grad()
-    def found_of(self, samples: Sequence[Sample]) -> UnseenScores:
-        """Return the scores of images by the model as it is."""
-        found = [extremes(self.model(image)) for _, image in self.prepared(samples)]
-        return UnseenScores.of([torch.zeros(2, 0), *found], [sample.image for sample in samples])
-
-    def scores_of(self, samples: Sequence[Sample]) -> Tensor:
-        """Return the scores of images by the model as it is, ``(N,)``."""
-        return self.found_of(samples).images

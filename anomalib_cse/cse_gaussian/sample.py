@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from ..synthesis import generator_for
 from .moments import Moments
-from .torch_model import cover
+from .torch_model import CseGaussianModel, cover, positions_inside
 
 FEWEST_KEPT = 24  # images, whatever the memory: to draw defects into, and to measure distances of
 BATCH = 8  # images to a pass of the backbone, unless they are large
@@ -74,6 +74,23 @@ def in_passes(images: Tensor, inside: Tensor | None) -> list[tuple[Tensor, Tenso
     count = in_one_pass(images.shape[-2:])
     parts = images.split(count)
     return list(zip(parts, [None] * len(parts) if inside is None else inside.split(count), strict=True))
+
+
+def add_images(
+    model: CseGaussianModel, sample: "TrainingSample", images: Tensor, paths: Sequence[str] | None = None
+) -> None:
+    """Add good images ``(B, 3, H, W)`` to a sample, with the features that a model takes of them.
+
+    Raises:
+        ValueError: If nothing of them is to be looked at.
+    """
+    images, inside = model.filled_up_with_region(images)
+    inside = None if inside is None else inside.expand(len(images), -1, -1, -1)
+    passes = [model.smoothed_features(*part) for part in in_passes(images, inside)]
+    if inside is not None:
+        positions_inside(inside, model.stride)
+        images = model.blanked(images, inside)  # synthetic defects may be made of their own pixels
+    sample.add(images, [torch.cat(layer) for layer in zip(*passes, strict=True)], paths, inside)
 
 
 def draw(count: int, images: int, *numbers: int) -> list[int]:

@@ -231,6 +231,11 @@ class CseGaussianModel(DynamicBufferMixin):
             return None
         return resized_mask(self.roi, size)[None, None]
 
+    def filled_up_with_region(self, images: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return images ``(B, 3, H, W)``, and where to look in them, both filled up; ``None`` is where ``roi`` says."""
+        inside = self.inside(images.shape[-2:]) if inside is None else inside
+        return self.filled_up(images), None if inside is None else self.filled_up(inside)
+
     def blanked(self, images: Tensor, inside: Tensor) -> Tensor:
         """Return images that have the colour outside that the backbone takes for the mean, whatever they show there."""
         return torch.where(inside, images, self.backbone.mean.to(images))
@@ -278,8 +283,7 @@ class CseGaussianModel(DynamicBufferMixin):
         check_fitted(self)
         check_large_enough(images, self.backbone.stride)
         height, width = images.shape[-2:]
-        inside = self.inside((height, width)) if inside is None else inside
-        images, inside = self.filled_up(images), None if inside is None else self.filled_up(inside)
+        images, inside = self.filled_up_with_region(images, inside)
         if any(gaussian.has_positions for gaussian in self.maps):
             check_same_size(images, self.image_size)
         scored = self.score(self.smoothed_features(images, inside), images.shape[-2:], inside)

@@ -27,7 +27,7 @@ from ..preflight import (
     preflight,
     transform_of,
 )
-from ..report import KEY, Origin, Report
+from ..report import KEY, Origin
 from .checkpoints import WholeCheckpointIO
 from .components import ComponentsMixin
 from .export import check_compression, compress, export_any_size, keep_single_precision, note_good_scores
@@ -47,6 +47,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
     :meth:`make_exportable` when both are there.
     """
 
+    of_training: tuple[str, ...] = ("origin",)  # attributes that an export to torch leaves out
     shaping: tuple[str, ...]  # arguments that a checkpoint must agree in, beside backbone and layers
     recipe: tuple[str, ...] = ()  # arguments that a run is resumed with
     seed: int | None
@@ -131,11 +132,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             restorer.forget_checkpoints()
             self.fitted_in = str(trainer.default_root_dir)
             return
-        folder = trainer.strategy.broadcast(self.folder)  # that of the first process
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        restorer.redirect_pictures(folder, callbacks)
-        for report in (callback for callback in callbacks if isinstance(callback, Report)):
-            report.folder = folder
+        restorer.redirect_results(trainer, trainer.strategy.broadcast(self.folder))  # that of the first process
 
     def on_fit_start(self) -> None:
         """Note the weights of the backbone, that nothing may change."""
@@ -309,12 +306,12 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             raise
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
-        """Export as anomalib does, without the names of the folders that the model was fitted to."""
-        origin, self.origin = self.origin, Origin()
+        """Export as anomalib does, without what the model knows of the images that it was fitted to."""
+        known = {name: self.__dict__.pop(name) for name in self.of_training if name in self.__dict__}
         try:
             return super().to_torch(*args, **kwargs)
         finally:
-            self.origin = origin
+            self.__dict__.update(known)
 
     def to_onnx(  # type: ignore[override]
         self,

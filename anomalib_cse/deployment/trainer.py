@@ -1,7 +1,6 @@
 """A trainer while a model uses it: what it had before counts neither for the model nor is it lost to the next one."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -14,6 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
+
+from ..report import Report
 
 OWN_FOLDERS = {TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "predict", TrainerFn.VALIDATING: "validate"}
 COMPONENTS = (PreProcessor, PostProcessor, Evaluator, Visualizer)  # that are callbacks too
@@ -54,11 +55,14 @@ class TrainerRestorer(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             callback.config_filename = str((folder / self.config_names[callback]).resolve())
 
-    def redirect_pictures(self, folder: Path, visualizers: Iterable[object]) -> None:
-        """Have pictures that have no other place drawn in a folder, in this run: anomalib would keep to it after."""
-        self.drawing = [v for v in visualizers if isinstance(v, ImageVisualizer) and v.output_dir is None]
+    def redirect_results(self, trainer: Trainer, folder: Path) -> None:
+        """Have reports, and pictures that have no other place, go to a folder, in this run; anomalib keeps to one."""
+        found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self.drawing = [c for c in found if isinstance(c, ImageVisualizer) and c.output_dir is None]
         for visualizer in self.drawing:
             visualizer.output_dir = folder / "images"
+        for report in (c for c in found if isinstance(c, Report)):
+            report.folder = folder
 
     def restore(self, trainer: Trainer) -> None:
         """Give back what there was."""

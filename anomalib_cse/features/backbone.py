@@ -100,8 +100,7 @@ class FrozenBackbone(nn.Module):
         It would do so for every image, but what ONNX and OpenVINO resample is not what torch does.
         """
         if self.embeds_positions and self.only_size is None:
-            whole = [-(-length // self.stride) * self.stride for length in size]
-            self.net.model.set_input_size(img_size=whole)  # type: ignore[operator, union-attr]
+            self.net.model.set_input_size(img_size=[multiple_of(self.stride, length) for length in size])  # type: ignore[operator, union-attr]
 
     def train(self, mode: bool = True) -> "FrozenBackbone":
         """Stay in evaluation mode, whatever ``mode`` is asked for."""
@@ -136,11 +135,16 @@ def check_sources(name: str, pre_trained: bool, weights: str | Path | None) -> N
         raise ValueError(msg)
 
 
+def multiple_of(stride: int, length: int) -> int:
+    """Return the least multiple of a stride that is no less than a length."""
+    return (length + stride - 1) // stride * stride
+
+
 def filled_up(images: Tensor, stride: int) -> Tensor:
     """Repeat the last row and column of images ``(B, C, H, W)`` until the sides are multiples of a stride."""
     for axis in (-2, -1):
         length = images.shape[axis]
-        whole = (length + stride - 1) // stride * stride
+        whole = multiple_of(stride, length)
         if not (isinstance(whole, int) and whole == length):  # an exported graph may leave the size open
             # a choice of pixels: what pads them OpenVINO may round, whatever its file says
             images = images.index_select(axis, torch.arange(whole, device=images.device).clamp(max=length - 1))
@@ -200,14 +204,14 @@ def timm_name(name: str) -> str:
 
 def description(architecture: str) -> tuple["FeatureListNet", dict[str, bool]]:
     """Return a network without its weights, and the options by which timm has it take images of any size."""
+    options = {"dynamic_img_size": True}
     try:
-        net, options = described(architecture, dynamic_img_size=True), {"dynamic_img_size": True}
+        return without_weights(architecture, **options), options
     except TypeError:  # all but transformers, and some of these, know no such option
-        net, options = described(architecture), {}
-    return net, options
+        return without_weights(architecture), {}
 
 
-def described(architecture: str, **options: bool) -> "FeatureListNet":
+def without_weights(architecture: str, **options: bool) -> "FeatureListNet":
     """Create a network to look at what it is made of, if possible without memory for weights."""
     try:
         with torch.device("meta"):

@@ -82,7 +82,7 @@ class Header(NamedTuple):
     @property
     def is_deep(self) -> bool:
         """Whether it has more than 8 bits, which anomalib clips."""
-        return self.mode[:1] in ("I", "F")
+        return any(oddity.kind == "deep" for oddity in self.oddities)
 
 
 def datasets_of(data: AnomalibDataModule | None) -> dict[str, object]:

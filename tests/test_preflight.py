@@ -22,7 +22,6 @@ from anomalib_cse.preflight.dataset import alike, inspect, summary
 from anomalib_cse.preflight.findings import messages
 from anomalib_cse.preflight.images import (
     IN_A_ROW,
-    Header,
     Sample,
     nearly_constant,
     read_header,
@@ -251,10 +250,12 @@ def test_one_image_to_train_and_to_test_with_flatters(category):
     assert not doubts([], *images[1:])
 
 
-def test_images_of_several_kinds_are_summed_up():
+def test_images_of_several_kinds_are_summed_up(tmp_path):
     samples = [Sample(f"{number}.png", f"{number}.png" * (number < 2), number < 3) for number in range(9)]
-    kinds = ((30, 20, "L"), (30, 20, "I;16"), (9, 99, "P"), (30, 20, "RGB"))
-    headers = [Header("", *kind, has_alpha=False, format="PNG", bytes_per_value=1) for kind in kinds]
+    kinds = {"L": (30, 20), "I;16": (30, 20), "P": (9, 99), "RGB": (30, 20)}
+    for mode, size in kinds.items():
+        Image.new(mode, size).save(tmp_path / f"{mode[0]}.png")
+    headers = [read_header(str(path)) for path in tmp_path.iterdir()]
     found = summary(samples[3:], samples[:4], samples[:2], headers)
     assert found == (
         "6 training images, 30x20 to 9x99 pixels, colour and grey and palette, some of more than 8 bits; "

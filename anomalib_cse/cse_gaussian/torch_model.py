@@ -38,8 +38,9 @@ def sharpen(maps: Tensor) -> Tensor:
     decides an image's score. What lies around a defect gets some of its distance by that.
     """
     tiny = torch.finfo(maps.dtype).tiny
-    ratio = maps.clamp(min=tiny).log() - smooth(maps).clamp(min=tiny).log()  # logarithms, as OpenVINO rounds divisions
-    return maps * (SHARPNESS * ratio).exp()
+    # a division, which OpenVINO would replace by what it then rounds
+    ratio = maps * (smooth(maps).clamp(min=tiny).log() * -1).exp()
+    return maps * ratio**SHARPNESS
 
 
 def cover(masks: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,4 +1,7 @@
 import ctypes
+import hashlib
+import shutil
+from io import BytesIO
 
 import cv2
 import numpy as np
@@ -25,6 +28,25 @@ def own_signal_stack():
     before = signal_stack()
     yield
     ctypes.CDLL(None).sigaltstack(before, None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def traced_once(tmp_path_factory):
+    """Keep what torch's exporter made of a model: to trace it takes seven of an export's eight seconds."""
+    folder, export = tmp_path_factory.mktemp("traced"), torch.onnx.export
+    plain = bool, int, float, str, tuple, type(None)
+
+    def kept_export(model, args, f, **options):
+        settings = [{k: v for k, v in vars(part).items() if isinstance(v, plain)} for part in model.modules()]
+        torch.save([repr(model), str(settings), model.state_dict(), args, str(options)], whole := BytesIO())
+        file = folder / hashlib.sha256(whole.getbuffer()).hexdigest()
+        if not file.exists():
+            export(model, args, file, **options)
+        shutil.copyfile(file, f)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", kept_export)
+        yield
 
 
 @pytest.fixture

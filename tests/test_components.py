@@ -4,7 +4,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from anomalib.data import Folder, ImageBatch
@@ -106,13 +105,9 @@ def test_without_validation_there_are_scores_but_no_labels(name, dtd, mvtec_root
         assert batch.pred_label is None
         assert batch.pred_mask is None
         assert batch.pred_score.isfinite().all()
-    network = onnx.load(run.export(model, "onnx", export_root=tmp_path))
-    assert [output.name for output in network.graph.output] == ["pred_score", "anomaly_map"]
     engine(tmp_path).validate(model, datamodule=data)
     [metrics] = engine(tmp_path).test(model, datamodule=data, verbose=False)
     assert metrics["image_F1Score"] == 1
-    network = onnx.load(engine(tmp_path).export(model, "onnx", export_root=tmp_path))
-    assert {output.name for output in network.graph.output} >= {"pred_label", "pred_mask"}
 
 
 def metric(fields, strict=True):

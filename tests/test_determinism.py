@@ -1,16 +1,13 @@
 """One seed, one result, however a model is trained."""
 
-import json
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from anomalib.engine import Engine
 
-from tiny import COMMON, MODELS, QUIET, data_of, flags
+from tiny import COMMON, MODELS, QUIET, command_line, data_of, flags
 
 EPOCHS = {"Cse": {"max_epochs": 2}, "CseGaussian": {}}
 
@@ -26,17 +23,15 @@ def checkpoint_in(folder):
 
 @pytest.fixture(scope="module")
 def command_lines(mvtec_root, dtd, tmp_path_factory):
-    """Results of anomalib's command line, in a process of its own."""
-    results, lines = tmp_path_factory.mktemp("command_lines"), []
+    """A folder with results of anomalib's command line, of each model by its name."""
+    results = tmp_path_factory.mktemp("command_lines")
     data = flags("data", {"root": mvtec_root, "category": "tiny", "num_workers": 2, "train_batch_size": 4})
     for name in MODELS:
+        torch.manual_seed(7)
         model = flags("model", {**COMMON, "dtd_dir": dtd})
         trainer = flags("trainer", {**EPOCHS[name], "accelerator": "cpu"})
-        lines.append(["train", "--model", name, *model, "--data", "MVTecAD", *data, *trainer])
-        lines[-1] += [f"--default_root_dir={results / name}"]
-    each = "for line in json.loads(sys.argv.pop()): sys.argv[1:] = line; main()"
-    run = [sys.executable, "-c", f"import json, sys; from anomalib.cli.cli import main\n{each}", json.dumps(lines)]
-    subprocess.run(run, cwd=results, check=True, capture_output=True)
+        options = ["--data", "MVTecAD", *data, *trainer, f"--default_root_dir={results / name}"]
+        command_line(results, "train", "--model", name, *model, *options)
     return results
 
 

@@ -285,11 +285,16 @@ def test_images_for_quantisation_are_prepared_and_of_any_size(models, tmp_path):
     assert np.isfinite(run(torch.zeros(1, 3, 40, 30))["pred_score"]).all()
 
 
-def test_camera_loop_refuses_a_model_without_thresholds(models, images, tmp_path):
+def test_model_without_thresholds_gives_no_labels_and_camera_loop_refuses_it(models, exported, images, tmp_path):
     model = copy.deepcopy(models["own"])
     for name in ("_image_threshold", "_pixel_threshold"):
         getattr(model.post_processor, name).fill_(torch.nan)
     network = export(model, ExportType.OPENVINO, tmp_path)
+    fields = {
+        file: set(openvino_of(file)(torch.zeros(1, 3, 64, 64))) for file in (network, exported["own", "openvino"])
+    }
+    assert fields[network] == {"pred_score", "anomaly_map"}
+    assert fields[exported["own", "openvino"]] == {*fields[network], "pred_label", "pred_mask"}
     command = [sys.executable, CAMERA_LOOP, network, images / "64x64", "--rejects", tmp_path / "rejects"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode

@@ -77,7 +77,7 @@ class Drift:
     RECENT = 100  # frames
 
     def __init__(self, model: openvino.Model) -> None:
-        names = ("number", "mean", "deviation", "range", "errors")
+        names = ("number", "mean", "deviation", "threshold", "errors")
         self.usual = {name: float(model.get_rt_info(["good_scores", name]).value) for name in names}
         self.most = self.usual["errors"] * (1 / self.usual["number"] + 1 / self.RECENT) ** 0.5
         self.recent = deque[float](maxlen=self.RECENT)
@@ -85,7 +85,8 @@ class Drift:
 
     def add(self, score: float) -> str:
         """Return what to say after another score: nothing, unless the recent ones begin or cease to be unusual."""
-        self.recent.append(math.log(max(score * self.usual["range"], 1e-38)))
+        ratio = 2 * score if score <= 0.5 else 0.5 / max(1 - score, 1e-7)  # to the threshold; see docs/thresholds.md
+        self.recent.append(math.log(max(ratio * self.usual["threshold"], 1e-38)))
         if len(self.recent) < self.RECENT:
             return ""
         shift = (sum(self.recent) / self.RECENT - self.usual["mean"]) / self.usual["deviation"]

@@ -23,6 +23,7 @@ from anomalib_cse.cse.centres import unseen_scores
 from anomalib_cse.deployment import MidwayPostProcessor, compare_good_images
 from anomalib_cse.deployment.comparison import Comparison
 from anomalib_cse.deployment.good_scores import GoodScores, UnseenScores
+from anomalib_cse.deployment.post_processing import scaled, unscaled
 from anomalib_cse.deployment.thresholds import MidwayThreshold
 from anomalib_cse.preflight.__main__ import main as check
 
@@ -428,8 +429,22 @@ def test_exported_model_rejects_what_the_threshold_does(rejecting, network, mvte
         exported = inferencer.predict(path)
         raw = model.model(model.pre_processor(PredictDataset(path=path)[0].image[None])).pred_score.item()
         assert bool(exported.pred_label) == (raw > model.post_processor.image_threshold)
-        scaled = min(1.0, raw / (2 * model.post_processor.image_threshold.item()))
-        assert exported.pred_score.item() == pytest.approx(scaled, abs=1e-4)
+        ratio = raw / model.post_processor.image_threshold.item()
+        assert exported.pred_score.item() == pytest.approx(ratio / 2 if ratio < 1 else 1 - 1 / ratio / 2, abs=1e-4)
+
+
+def test_scores_far_above_the_threshold_keep_their_order():
+    threshold, raw = torch.tensor(0.3), torch.tensor([0.0, 1e-30, 0.1, 0.2999, 0.3, 0.3001, 0.6, 3.0, 300.0, 30_000.0])
+    found = scaled(raw, threshold)
+    ratios = raw.double() / threshold
+    assert torch.allclose(found.double(), torch.where(ratios < 1, ratios / 2, 1 - 1 / ratios / 2), atol=1e-6)
+    assert (found.diff() >= 0).all()
+    assert (found[1:].diff()[1:] > 0).all()
+    assert found[-1] < 1
+    for score, known in zip(found[2:].tolist(), raw[2:].tolist(), strict=True):
+        assert unscaled(score, threshold.item()) == pytest.approx(known, rel=0.01)
+    assert unscaled(1.0, 0.3) == np.inf
+    assert scaled(torch.tensor([0.0, 0.1]), torch.tensor(0.0)).tolist() == [0.5, 1]
 
 
 @pytest.mark.parametrize(("gain", "moved"), [(1.0, False), (2.5, True)])

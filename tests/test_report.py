@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 
 def post_processor(low=0.0, threshold=0.5, high=1.0, **options):
-    """One that has validated scores of a range; with that of [0, 1] it leaves scores as they are."""
+    """One that has validated scores of a range; with that of [0, 1] it leaves scores to 0.5 as they are."""
     own = MidwayPostProcessor(**options)
     for name, value in own.named_buffers():
         value.fill_({"min": low, "max": high, "threshold": threshold}.get(name.rpartition("_")[2], 0))
@@ -322,7 +322,7 @@ def test_pictures_are_those_nearest_to_the_threshold(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "MOST", 5)
     scores = np.random.default_rng(0).random((6, 10), dtype=np.float32)
     page = page_of(tmp_path, *(batch(list(s), None, None, size=(400, 200)) for s in scores), run="predict")
-    every = scores.flatten().astype(float)
+    every = np.where(scores < 0.5, scores, 1 - 0.25 / scores).flatten().astype(float)
     assert page.data["scores"] == pytest.approx(list(every), abs=1e-6)
     assert sorted(number for number, *_ in page.pictures) == sorted(np.argsort(np.abs(every - 0.5))[:5])
     assert "5 of 60 images are shown, those nearest to the threshold" in page.text
@@ -349,7 +349,7 @@ def test_threshold_is_that_of_the_post_processor(options, threshold, tmp_path):
     page = page_of(tmp_path, batch([1.0, 5.0, 3.5], [0, 1, 1], None), own=post_processor(1.0, 3.0, 5.0, **options))
     assert page.data["threshold"] == threshold
     assert page.data["normalised"] is (threshold == 0.75)
-    assert page.data["scores"] == ([0, 1, 0.625] if threshold == 0.75 else [1, 5, 3.5])
+    assert page.data["scores"] == pytest.approx([1 / 6, 0.7, 4 / 7] if threshold == 0.75 else [1, 5, 3.5])
 
 
 @pytest.mark.parametrize(("label", "words"), [(0, "There are no defective ones"), (1, "There are no good ones")])

@@ -1,5 +1,6 @@
 """Thresholds: between the scores of validation images, or beyond those of good ones."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -22,6 +23,7 @@ CENTRED = {
     "image_sensitivity": 0.5,
     "pixel_sensitivity": 0.5,
 }
+HALF = 0.5  # what scores are scaled to at the threshold
 USUAL_RATE = 0.01  # of good images rejected, where validation images tell no threshold
 
 
@@ -29,8 +31,9 @@ class MidwayPostProcessor(PostProcessor):
     """anomalib's post-processor, with an image threshold halfway between two scores, or one for a rate of rejects.
 
     Without thresholds, as nothing has been validated, it gives no labels and no masks; anomalib's cuts raw scores at
-    one half. ``good_images`` and ``good_pixels``, 0 until they are needed, are how the scores of good images that a
-    fit has not seen spread, and the highest values of their maps: a :class:`GoodScores` each.
+    one half. With them scores are :func:`scaled`. ``good_images`` and ``good_pixels``, 0 until they are needed, are how
+    the scores of good images that a fit has not seen spread, and the highest values of their maps: a
+    :class:`GoodScores` each.
 
     Args:
         reject_rate: Share of good images to be called anomalous, in (0, 0.5]; ``None`` takes the thresholds of the best
@@ -167,7 +170,7 @@ class MidwayPostProcessor(PostProcessor):
     def reject(self, rate: float) -> None:
         """Set the thresholds such that a ``rate`` of good images is expected to be called anomalous.
 
-        A map is anomalous anywhere in as many images. Scores are scaled from 0, and to 1 at twice the threshold.
+        A map is anomalous anywhere in as many images.
 
         Raises:
             ValueError: If it is not known how scores of good images spread.
@@ -254,13 +257,13 @@ class MidwayPostProcessor(PostProcessor):
     def good_scores_as_scaled(self) -> dict[str, float]:
         """Return how the logarithms of good images' raw scores spread, and by how much new ones may differ by chance.
 
-        A raw score is ``scaled * range``; for ``errors`` see :class:`GoodScores`.
-        Nothing is returned if scores are scaled otherwise, or this is not known.
+        Beside that the raw ``threshold`` that scores are scaled by; for ``errors`` see :class:`GoodScores`. Nothing is
+        returned if scores are not scaled, or this is not known.
         """
-        if not (self.knows_good_scores and self.enable_normalization and self.image_min == 0):
+        if not (self.knows_good_scores and self.enable_normalization):
             return {}
         good = spread(self.good_images)
-        return {**good._asdict(), "range": float(self.image_max), "errors": good.errors}
+        return {**good._asdict(), "threshold": float(self.image_threshold), "errors": good.errors}
 
     @property
     def rate_in_force(self) -> float | None:
@@ -272,8 +275,7 @@ class MidwayPostProcessor(PostProcessor):
     def cut(self) -> float:
         """The raw score above which an image is labelled anomalous."""
         cut = float(self.normalized_image_threshold)
-        extent = float(self.image_max - self.image_min)
-        return (cut - 0.5) * extent + float(self.image_threshold) if self.enable_normalization else cut
+        return unscaled(cut, float(self.image_threshold)) if self.enable_normalization else cut
 
     @property
     def expectation(self) -> str:
@@ -308,6 +310,15 @@ class MidwayPostProcessor(PostProcessor):
         """Whether something has been validated."""
         return not bool(self.image_threshold.isnan() & self.pixel_threshold.isnan())
 
+    def _normalize(  # type: ignore[override]  # anomalib has no public way to scale otherwise
+        self, preds: Tensor | None, norm_min: Tensor, norm_max: Tensor, threshold: Tensor
+    ) -> Tensor | None:
+        """Scale scores or maps by their threshold, or by their range if there is none."""
+        has_one = self.enable_thresholding and (torch.compiler.is_compiling() or not bool(threshold.isnan()))
+        if preds is None or not has_one:
+            return super()._normalize(preds, norm_min, norm_max, threshold)
+        return scaled(preds, threshold)
+
     def threshold_batch(self, batch: Batch) -> None:
         """Give a batch labels and masks, if there are thresholds."""
         if self.has_thresholds:
@@ -329,6 +340,26 @@ class MidwayPostProcessor(PostProcessor):
             yield
         finally:
             self.enable_thresholding = asked_for
+
+
+def scaled(scores: Tensor, threshold: Tensor) -> Tensor:
+    """Scale raw scores in [0, inf) by their ratio to a threshold ``()``, to [0, 1].
+
+    Below the threshold that is half the ratio, and above it what the inverse lacks: of twice the threshold 3/4, of four
+    times 7/8. The threshold itself is 1/2. Single precision tells apart scores up to some million times the threshold.
+    """
+    tiny = torch.finfo(scores.dtype).tiny
+    # a sum of logarithms, as OpenVINO rounds what it puts in the place of divisions and differences
+    ratio = scores.clamp(min=tiny).log() + threshold.clamp(min=tiny).log() * -1
+    half = (ratio.abs() * -1).exp() * 0.5
+    return torch.where(ratio > 0, half * -1 + 1, half)
+
+
+def unscaled(score: float, threshold: float) -> float:
+    """Return the raw score that :func:`scaled` has made ``score`` of."""
+    if score <= HALF:
+        return 2 * score * threshold
+    return threshold / (2 * (1 - score)) if score < 1 else math.inf
 
 
 def load_without_good_scores(own: nn.Module, state_dict: dict[str, Any], prefix: str, *args: object) -> None:

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
-from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score
+from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Score, PBn, PGn
 from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from torch.utils.data import DataLoader, Subset
@@ -77,6 +77,9 @@ def evaluator() -> Evaluator:
             F1Score(["pred_label", "gt_label"], prefix="image_"),
             AUROC(**pixels),
             AUPRO(**pixels),
+            AUPRO(**{**pixels, "prefix": "pixel_5%_"}, fpr_limit=0.05),
+            PGn(["pred_score", "gt_label"], fnr=0.02),
+            PBn(["pred_score", "gt_label"], fpr=0.02),
         ]
     )
 

@@ -15,6 +15,7 @@ from anomalib.data import Folder
 from anomalib.models import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize
 
@@ -31,6 +32,8 @@ class Contender:
         name: What the table calls it.
         class_path: Of its class, an ``AnomalibModule``.
         init_args: What its constructor gets, beside the seed.
+        weights: Folders, each of a timm network, by the submodule that they are loaded into: for classes which take
+            weights from the hub alone.
         max_epochs: How long it trains; needed unless the model knows that itself.
         train_batch_size: Training images to a step; 32 is anomalib's.
         image_size: Height and width that images of a model with a timm backbone are resized to; 256x256 if not given.
@@ -41,6 +44,7 @@ class Contender:
     name: str
     class_path: str
     init_args: Mapping[str, object] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
     max_epochs: int | None = None
     train_batch_size: int = 32
     image_size: Sequence[int] | None = None
@@ -50,7 +54,7 @@ class Contender:
     @property
     def settings(self) -> str:
         """All that decides its results, as JSON."""
-        unset = {"name", "note"} | {key for key in ("image_size", "tile_size") if not getattr(self, key)}
+        unset = {"name", "note"} | {key for key in ("image_size", "tile_size", "weights") if not getattr(self, key)}
         return json.dumps({key: value for key, value in asdict(self).items() if key not in unset})
 
     @property
@@ -67,7 +71,11 @@ class Contender:
         elif "backbone" in self.init_args:
             own = normalised(self.model_class, str(self.init_args["backbone"]), self.image_size)
             arguments.setdefault("pre_processor", own)
-        return self.model_class(**arguments)
+        model = self.model_class(**arguments)
+        for name, folder in self.weights.items():
+            part, whole = model.get_submodule(name), load_file(Path(folder) / "model.safetensors")
+            part.load_state_dict({key: whole[key] for key in part.state_dict()})
+        return model
 
     @property
     def callbacks(self) -> list[Callback]:

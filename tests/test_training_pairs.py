@@ -153,3 +153,18 @@ def test_feature_cache_keeps_what_fits_its_bytes(memory):
     again = cache(batch.image, batch.image_path, lambda images: extract(-images))  # what is computed now is negative
     kept = min(int(memory), 6)
     assert torch.equal(again[0], torch.cat([first[0][:kept], -first[0][kept:]]))
+
+
+def test_on_a_gpu_half_of_what_is_free_is_kept_and_the_rest_computed_together(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * FEATURE_BYTES, 0))
+    cache, batch = FeatureCache(100 * FEATURE_BYTES, torch.device("cuda")), a_batch(range(1, 7))
+    calls = []
+
+    def counted(images):
+        calls.append(len(images))
+        return extract(images)
+
+    for _ in range(2):
+        assert torch.equal(cache(batch.image, batch.image_path, counted)[0], extract(batch.image)[0])
+    assert calls == [1] * 6 + [4]
+    assert len(cache.features) == 2

@@ -97,7 +97,7 @@ class Pairing:
     ) -> None:
         self.extract = extract
         self.synthesis = synthesis
-        self.cache = FeatureCache(memory_budget)
+        self.cache = FeatureCache(memory_budget, synthesis.textures.device)
         self.seed = seed
         self.held_out: Dataset | None = hold_out.held_out
         images = hold_out.all_images

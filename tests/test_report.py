@@ -16,6 +16,7 @@ import pytest
 import torch
 from anomalib.data import Folder, ImageBatch
 from anomalib.engine import Engine
+from lightning.pytorch import Trainer
 from PIL import Image
 from sklearn.metrics import precision_recall_curve, roc_curve
 
@@ -304,6 +305,11 @@ def test_page_is_not_written_where_it_is_not_wanted(name, trained, mvtec_root, t
     assert not list(tmp_path.rglob("*.html"))
     assert sorted(file.name for file in tmp_path.rglob("*.csv")) == ["scores-predict.csv", "scores.csv"]
     assert len(said) == 2
+    (tmp_path / "report.html").write_text("of an earlier run, whose table is written over")
+    Trainer(default_root_dir=tmp_path, **QUIET).test(
+        MODELS[name].load_from_checkpoint(path, report=False), datamodule=data, verbose=False
+    )
+    assert not list(tmp_path.rglob("*.html"))
 
 
 def test_names_are_shown_as_they_are(tmp_path):

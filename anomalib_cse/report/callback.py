@@ -112,6 +112,8 @@ class Report(Callback):
                 facts, warning = facts_of(pl_module, records, seconds, self.checkpoint, saved_in(trainer))
                 metrics = {name: float(value) for name, value in logged.items()} if run == "Test" else {}
                 write_page(page, title, records, pictures, self.scale, facts, metrics, warning)
+            else:
+                page.unlink(missing_ok=True)  # of an earlier run, whose table is gone
         except OSError as error:  # the results of the run are worth more than their files
             rank_zero_warn(f"{written} cannot be written ({error}): this run has its results, and not all of its files")
             return

@@ -1,6 +1,7 @@
 """CSE in anomalib: the training recipe, the choice of the embedder and the centres (Sections 3 and 4.1)."""
 
 import copy
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, cast
@@ -16,6 +17,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
 from torch import Tensor, nn
@@ -241,6 +243,14 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
         if self.pairing is not None and not self.trainer.enable_validation:
             self.deploy_if_best(self.pairing)
         super().on_train_epoch_end()
+        self.tell_progress()
+
+    def tell_progress(self) -> None:
+        """Say each ten per cent of the epochs how far training is, where a progress bar cannot move."""
+        done, epochs = self.current_epoch + 1, self.trainer.max_epochs or 0
+        is_shown = self.trainer.progress_bar_callback is not None and not sys.stdout.isatty()
+        if is_shown and 0 < done < epochs and 10 * done // epochs > 10 * (done - 1) // epochs:
+            rank_zero_info(f"{done} of {epochs} epochs, lowest hold-out loss {self.best_loss.item():.4g}")
 
     @torch.no_grad()
     def deploy_if_best(self, pairing: Pairing) -> None:

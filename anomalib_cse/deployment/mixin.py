@@ -33,6 +33,7 @@ from .components import ComponentsMixin
 from .export import check_compression, compress, export_any_size, keep_single_precision, note_good_scores
 from .good_scores import UnseenScores
 from .post_processing import MidwayPostProcessor, labelled
+from .quiet import quiet_exporters
 from .trainer import FOUND, restore_at_end, restorer_of, results_folder
 
 COMPONENT_SETTINGS = {"anomalib_pre_processor_config", "anomalib_post_processor_config"}  # in a checkpoint
@@ -326,9 +327,10 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             ValueError: If the pre-processing cannot be exported exactly.
         """
         check_exportable(transform_of(self.pre_processor))
-        options = {"opset_version": 18, "external_data": False, **kwargs}
         own = self.post_processor
-        with own.labels_as_there_are() if isinstance(own, MidwayPostProcessor) else nullcontext():
+        labels = own.labels_as_there_are() if isinstance(own, MidwayPostProcessor) else nullcontext()
+        with labels, quiet_exporters() as verbose:
+            options = {"opset_version": 18, "external_data": False, "verbose": verbose, **kwargs}
             if self.image_size is None and input_size is None:
                 return export_any_size(
                     self, Path(export_root) / "weights" / "onnx" / f"{model_file_name}.onnx", **options

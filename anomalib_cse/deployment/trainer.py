@@ -15,6 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ..report import Report
+from .quiet import Silence
 
 OWN_FOLDERS = {TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "predict", TrainerFn.VALIDATING: "validate"}
 COMPONENTS = (PreProcessor, PostProcessor, Evaluator, Visualizer)  # that are callbacks too
@@ -40,6 +41,8 @@ class TrainerRestorer(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # of the losses, in half precision
         self.scaling: dict[str, Any] = scaler.state_dict() if scaler else {}
         self.config_names = {c: c.config_filename for c in self.callbacks if isinstance(c, SaveConfigCallback)}
+        self.silence = Silence()
+        self.silence.begin()
         self.drawing: list[ImageVisualizer] = []  # into a folder that is of this run alone
         trainer.callbacks = [*self.callbacks, self]  # type: ignore[attr-defined]
 
@@ -66,6 +69,7 @@ class TrainerRestorer(Callback):
 
     def restore(self, trainer: Trainer) -> None:
         """Give back what there was."""
+        self.silence.end()
         trainer.callbacks = self.callbacks  # type: ignore[attr-defined]
         trainer.fit_loop.max_epochs = self.max_epochs
         trainer.strategy.checkpoint_io = self.checkpoint_io

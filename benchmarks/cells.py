@@ -33,6 +33,10 @@ class Cell:
         """What its line is found by."""
         return self.contender.name, self.dataset.name, self.seed
 
+    def images(self) -> Folder:
+        """Return its dataset."""
+        return images_of(self.dataset, self.contender.train_batch_size)
+
     def fit(
         self, folder: str, accelerator: str, **components: nn.Module | bool
     ) -> tuple[AnomalibModule, Folder, float]:
@@ -43,7 +47,7 @@ class Cell:
         seed_everything(self.seed, verbose=False)
         model = self.contender.build(self.seed, **components)
         alone = {"max_epochs": self.contender.epochs(model), "limit_val_batches": 0, "limit_test_batches": 0}
-        images = images_of(self.dataset, self.contender.train_batch_size)
+        images = self.images()
         trainer = {"accelerator": accelerator, "devices": 1, "default_root_dir": folder, **QUIET}
         engine = Engine(callbacks=self.contender.callbacks, **alone, **trainer)
         start = time.perf_counter()

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test stress browser lint types install clean bench-cost bench-latency bench-compare bench-few bench-thresholds bench-robustness bench-surfaces
+.PHONY: demo test stress browser lint types install clean bench-cost bench-latency bench-compare bench-few bench-known bench-thresholds bench-robustness bench-surfaces
 
 # Everything but the package itself: changes with pyproject.toml only.
 $(VENV)/installed: pyproject.toml
@@ -58,6 +58,10 @@ bench-compare: install
 # DATA=ROOT ARGS="--categories grid ... --models CseGaussian Padim": with 1 to 32 training images, five draws of each
 bench-few: install
 	$(BIN)/python benchmarks/few.py --root $(DATA) $(ARGS)
+
+# DATA=ROOT ARGS="--categories NAME ...": what 1 to 10 known defects do for the detection of others; --kinds of other kinds
+bench-known: install
+	$(BIN)/python benchmarks/known.py --root $(DATA) $(ARGS)
 
 # DATA=ROOT ARGS="--categories grid ...": good images that are rejected, expected and counted
 bench-thresholds: install

@@ -23,6 +23,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from anomalib_cse import CseGaussian
 from anomalib_cse.cse_gaussian.known import KnownDefect
 from anomalib_cse.cse_gaussian.learning import learn
+from anomalib_cse.cse_gaussian.torch_model import CseGaussianModel
 
 from cells import Cell
 from common import Row, aupro, hardware, markdown
@@ -60,9 +61,9 @@ def read(model: CseGaussian, cell: Cell) -> list[TestImage]:
 
 
 @torch.no_grad()
-def measured(model: CseGaussian, images: Sequence[TestImage]) -> dict[str, float]:
+def measured(network: CseGaussianModel, images: Sequence[TestImage]) -> dict[str, float]:
     """Return how well a model tells good test images from others, and their defects from the rest."""
-    scored = [model.model.score(one.features, one.image.shape[-2:]) for one in images]
+    scored = [network.score(one.features, one.image.shape[-2:]) for one in images]
     is_bad = np.array([one.kind != "good" for one in images])
     found = {"image AUROC": roc_auc_score(is_bad, [one.pred_score.item() for one in scored])}
     if all(one.mask is not None for one in images if one.kind != "good"):
@@ -78,13 +79,12 @@ def measured(model: CseGaussian, images: Sequence[TestImage]) -> dict[str, float
     return found
 
 
-def learnt(model: CseGaussian, known: Sequence[TestImage], *, masked: bool) -> CseGaussian:
-    """Return a model that has learnt of defects, beside the one that has not."""
-    copied = copy.copy(model)
-    copied.model = copy.deepcopy(model.model)
+def learnt(model: CseGaussian, known: Sequence[TestImage], *, masked: bool) -> CseGaussianModel:
+    """Return a network that has learnt of defects, and leave the model's."""
+    network = copy.deepcopy(model.model)
     defects = [KnownDefect(one.image, one.mask if masked else None) for one in known]
-    learn(copied.model, model.sums, None, defects, 0.0, model.hparams["variations"], seed=0, scored=False)
-    return copied
+    learn(network, model.sums, None, defects, 0.0, model.hparams["variations"], seed=0, scored=False)
+    return network
 
 
 def of_counts(model: CseGaussian, images: Sequence[TestImage], counts: Sequence[int], draws: int) -> Iterator[Row]:
@@ -94,7 +94,7 @@ def of_counts(model: CseGaussian, images: Sequence[TestImage], counts: Sequence[
         for draw in range(draws if count < len(bad) else 0):
             order = np.random.default_rng((draw, count)).permutation(len(bad))
             known, others = ([bad[n] for n in part] for part in (order[:count], order[count:]))
-            before = measured(model, [*good, *others])
+            before = measured(model.model, [*good, *others])
             for masked in (True, False) if all(one.mask is not None for one in bad) else (False,):
                 after = measured(learnt(model, known, masked=masked), [*good, *others])
                 key = {"known": count, "draw": draw, "masks": masked}
@@ -108,10 +108,10 @@ def of_kinds(model: CseGaussian, images: Sequence[TestImage], count: int) -> Ite
     for kind in (kind for kind in kinds if len(kinds) > 1 and len(of[kind]) >= FEWEST):
         order = np.random.default_rng(0).permutation(len(of[kind]))[:count]
         for masked in (True, False) if of[kind][0].mask is not None else (False,):
-            model_of_kind = learnt(model, [of[kind][n] for n in order], masked=masked)
+            network = learnt(model, [of[kind][n] for n in order], masked=masked)
             for other in (other for other in kinds if other != kind and len(of[other]) >= FEWEST):
                 both = [*of["good"], *of[other]]
-                before, after = measured(model, both), measured(model_of_kind, both)
+                before, after = measured(model.model, both), measured(network, both)
                 key = {"known": len(order), "draw": 0, "masks": masked, "kind": kind, "other kind": other}
                 yield {**key, **{f"{name}, none known": value for name, value in before.items()}, **after}
 

@@ -57,9 +57,20 @@ def compared(mvtec_root, tmp_path_factory):
     (folder / "models.yaml").write_text(yaml.safe_dump({"models": [BROKEN, {**GAUSSIAN, "note": "tiny"}]}))
     arguments = ["--config", str(folder / "models.yaml"), "--root", str(mvtec_root), "--categories", "tiny"]
     arguments += ["--seeds", "0", "--rounds", "2", "--output", str(folder / "output")]
-    child = compare.in_child
-    with pytest.MonkeyPatch.context() as patch:  # latency in this process: another would import all again
-        patch.setattr(compare, "in_child", lambda run, **limits: child(run, **limits) if limits else run())
+    import cells
+
+    child, in_children = cells.in_child, []
+
+    def in_child(run, **limits):
+        """The first cell in a process, all else in this one: each imports all again."""
+        if limits and not in_children:
+            in_children.append(run)
+            return child(run, **limits)
+        return run()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cells, compare):
+            patch.setattr(module, "in_child", in_child)
         compare.main(arguments)
     return arguments, folder / "output"
 
@@ -131,7 +142,7 @@ def test_every_list_names_models_that_accept_their_arguments(file):
         kind = contender.model_class
         assert issubclass(kind, AnomalibModule)
         inspect.signature(Cse if issubclass(kind, Cse) else kind).bind(**contender.init_args)
-    assert {"Cse", "CseGaussian"} & contenders.keys()
+    assert any(issubclass(contender.model_class, (Cse, CseGaussian)) for contender in contenders.values())
 
 
 def test_list_with_a_misspelt_key_is_refused(tmp_path):
@@ -334,6 +345,38 @@ def test_thresholds_are_counted_out_on_the_test_images(mvtec_root, dtd, tmp_path
     assert lines["good ones rejected"][2] == f"{rejected} of 4"
     table = (tmp_path / "out" / "table.md").read_text()
     assert f"| tiny | 10 | reject_rate | 10 | {lines['good ones rejected, expected'][2]} | {rejected} of 4 |" in table
+
+
+def test_known_defects_are_not_among_those_told_apart(mvtec_root, dtd, tmp_path, monkeypatch):
+    import known
+
+    contender = {"name": "Tiny", "class_path": "anomalib_cse.CseGaussian", "init_args": {**TINY, "dtd_dir": str(dtd)}}
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"models": [contender]}))
+    arguments = ["--config", tmp_path / "list.yaml", "--root", mvtec_root, "--categories", "tiny", "--model", "Tiny"]
+    tested, learnt, measured, learn = [], [], known.measured, known.learnt
+
+    def noting_tests(network, images):
+        tested.append((network, {id(one) for one in images}, measured(network, images)))
+        return tested[-1][2]
+
+    def noting_known(model, images, *, masked):
+        learnt.append({id(one) for one in images})
+        return learn(model, images, masked=masked)
+
+    monkeypatch.setattr(known, "measured", noting_tests)
+    monkeypatch.setattr(known, "learnt", noting_known)
+    known.main([*map(str, arguments), "--counts", "1", "3", "--draws", "2", "--output", str(tmp_path / "known")])
+    lines = pd.read_csv(tmp_path / "known" / "results.csv")
+    assert lines["known"].tolist() == [1] * 4 + [3] * 4
+    assert lines["masks"].tolist() == [True, False] * 4
+    befores, afters = tested[::3], [pair for number, pair in enumerate(tested) if number % 3]
+    assert len({id(network) for network, *_ in befores}) == 1
+    for number, (images, (network, others, scores)) in enumerate(zip(learnt, afters, strict=True)):
+        assert network is not befores[0][0]
+        assert not images & others
+        assert len(images | others) == 4 + 4
+        assert lines["AUPRO"][number] == scores["AUPRO"]
+        assert lines["AUPRO, none known"][number] == befores[number // 2][2]["AUPRO"]
 
 
 def test_overlap_is_that_of_anomalib():

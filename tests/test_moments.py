@@ -8,7 +8,7 @@ from anomalib_cse.cse_gaussian.moments import (
     STRONGEST,
     Moments,
     contrastive_directions,
-    evidence,
+    direction_weights,
     inverse_root,
     log_evidence,
     prior_strength,
@@ -86,14 +86,14 @@ def test_inverse_root_is_scipys():
         assert np.allclose(roots[cell], np.linalg.inv(scipy.linalg.sqrtm(matrices[cell])))
 
 
-def test_evidence_is_the_factor_of_the_log_likelihood_ratio():
+def test_the_weight_of_a_direction_is_the_factor_of_the_log_likelihood_ratio():
     ratios = torch.tensor([4.0, 1.0, 0.2])
     clean = torch.distributions.Normal(0, 1)
-    for ratio, factor in zip(ratios[:2].tolist(), evidence(ratios)[:2], strict=True):
+    for ratio, factor in zip(ratios[:2].tolist(), direction_weights(ratios)[:2], strict=True):
         defects = torch.distributions.Normal(0, ratio**0.5)
         gain = [2 * (defects.log_prob(x) - clean.log_prob(x)) for x in torch.tensor([0.0, 3.0])]
         assert (gain[1] - gain[0]).item() == pytest.approx(9 * factor.item(), abs=1e-5)
-    assert evidence(ratios)[2] == 0  # varies less in defects, and says nothing
+    assert direction_weights(ratios)[2] == 0  # varies less in defects, and says nothing
 
 
 def second_moments(vectors):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..synthesis import AnomalySynthesis
 from .defects import corrupted_features, defect_moments
 from .known import KnownDefect, known_moments, with_known
-from .moments import RIDGE, Moments, contrastive_directions, evidence, inverse_root, prior_strength
+from .moments import RIDGE, Moments, contrastive_directions, direction_weights, inverse_root, prior_strength
 from .sample import SampledBatch, TrainingSample, batches
 from .torch_model import CseGaussianModel, GaussianMap, from_border
 from .variations import change_moments
@@ -83,7 +83,7 @@ def fit_gaussians(model: CseGaussianModel, moments: Sequence[Moments], fitted: F
     pooled = [m.pooled() for m in moments]
     defects = with_known(over_folds(fitted.defects), fitted.known)
     factors = fit_directions(model, pooled, defects, over_folds(fitted.changes))
-    if useless := without_evidence(model.backbone.levels, factors):
+    if useless := useless_layers(model.backbone.levels, factors):
         rank_zero_warn(f"{NOTHING_STANDS_OUT.format(', '.join(useless))}; it counts for nothing")
     strengths = [strength_of(*of_layer) for of_layer in zip(model.maps, moments, strict=True)]
     fit_covariances(model, moments, factors, strengths)
@@ -116,14 +116,14 @@ def fit_directions(
         directions, ratios = contrastive_directions(covariance, defect.about(clean.mean), dim)
         gaussian.set("directions", directions)
         gaussian.set("mean", clean.mean)
-        factors.append(evidence(ratios))
-    useless = without_evidence(model.backbone.levels, factors)
+        factors.append(direction_weights(ratios))
+    useless = useless_layers(model.backbone.levels, factors)
     if len(useless) == len(factors):
         raise ValueError(NOTHING_STANDS_OUT.format(", ".join(useless)))
     return factors
 
 
-def without_evidence(levels: Sequence[int], factors: Sequence[Tensor]) -> list[str]:
+def useless_layers(levels: Sequence[int], factors: Sequence[Tensor]) -> list[str]:
     """Return the layers in which no defect stands out, which count for nothing."""
     return [str(level) for level, factor in zip(levels, factors, strict=True) if not factor.any()]
 
@@ -181,8 +181,8 @@ def fit_covariances(
 ) -> None:
     """Fit covariances, and the layers' weights.
 
-    A covariance is what the position's own images say, and what all say, which is 1 in the embedding and counts for so
-    many images as the layer's strength. If that is infinite, all positions have the same.
+    A position's covariance is ``(n S + v 1) / (n + v)``: its own n images have S, all images have 1 in the embedding,
+    and the layer's strength v says how many images that counts for. If v is infinite, all positions have the same.
 
     Args:
         model: Whose directions have been fitted.

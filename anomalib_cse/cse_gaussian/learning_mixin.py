@@ -6,12 +6,11 @@ from typing import Any, cast
 
 import torch
 from anomalib.models.components import AnomalibModule
-from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import track
 from torch import Tensor
 
 from ..checks import check_number
-from ..deployment import DeploymentMixin, MidwayPostProcessor, UnseenScores, extremes, transform_of
+from ..deployment import DeploymentMixin, UnseenScores, extremes, transform_of
 from ..preflight import Sample
 from ..synthesis import Stream, generator_for
 from .known import pixels_of, read_known
@@ -29,12 +28,6 @@ class LearningMixin(DeploymentMixin):
     model: CseGaussianModel
     of_training = (*DeploymentMixin.of_training, "sums")
     sums: Sums | None = None
-
-    def setup(self, stage: str) -> None:
-        """Forget an earlier fit."""
-        super().setup(stage)
-        if stage == TrainerFn.FITTING:
-            self.sums = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the sums, if there are any."""
@@ -85,13 +78,13 @@ class LearningMixin(DeploymentMixin):
 
     def learn_of(self, good: Sequence[Sample], defects: Sequence[Sample], forget: float) -> Learnt:
         """Learn of images that have been checked."""
-        sums, own, seed = cast(Sums, self.sums), self.post_processor, self.effective_seed
+        sums, own, seed = cast(Sums, self.sums), self.midway, self.effective_seed
         sample, known = self.sampled(good, seed), read_known(defects, transform_of(self.pre_processor))
         before = self.scores_of(good), self.scores_of(defects)
         cut = self.threshold
-        kinds, follows = self.hparams["variations"], isinstance(own, MidwayPostProcessor) and own.has_thresholds
+        kinds, follows = self.hparams["variations"], own is not None and own.has_thresholds
         self.sums, scores = learn(self.model, sums, sample, known, forget, kinds, seed, scored=follows)
-        if isinstance(own, MidwayPostProcessor) and follows:
+        if own and follows:
             if scores is None:
                 msg = f"thresholds cannot follow, as a fit to fewer than {FOLDS} images tells too little: fit to all"
                 raise ValueError(msg)
@@ -99,7 +92,7 @@ class LearningMixin(DeploymentMixin):
         unseen = None if scores is None else scores[2]
         is_whole = unseen is not None and len(unseen.images) == len(good)
         after = cast(UnseenScores, unseen).images if is_whole else self.scores_of(good), self.scores_of(defects)
-        said = own.expectation if isinstance(own, MidwayPostProcessor) else ""
+        said = own.expectation if own else ""
         good_scores, defect_scores = zip(before, after, strict=True)
         return Learnt((sums.good, sums.known), good_scores, defect_scores, (cut, self.threshold), said)
 
@@ -111,8 +104,8 @@ class LearningMixin(DeploymentMixin):
             ValueError: If it has fewer than 5 images, or the model no thresholds of its own kind.
         """
         [samples, _] = new_samples(good, None, None)
-        own = self.post_processor
-        if not (isinstance(own, MidwayPostProcessor) and own.has_thresholds):
+        own = self.midway
+        if not (own and own.has_thresholds):
             msg = "the model has no thresholds to set: fit it with a reject_rate, or with validation images"
             raise ValueError(msg)
         before, sums = self.threshold, self.sums
@@ -132,8 +125,7 @@ class LearningMixin(DeploymentMixin):
     @property
     def threshold(self) -> float:
         """The raw score above which an image is anomalous; NaN if there is none."""
-        own = self.post_processor
-        return own.cut if isinstance(own, MidwayPostProcessor) and own.has_thresholds else float("nan")
+        return self.midway.cut if self.midway and self.midway.has_thresholds else float("nan")
 
     def prepared(self, samples: Sequence[Sample]) -> Iterator[tuple[str, Tensor]]:
         """Give the paths of images, and these as the pre-processor leaves them ``(1, 3, H, W)``."""

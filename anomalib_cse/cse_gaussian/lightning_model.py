@@ -173,9 +173,11 @@ class CseGaussian(LearningMixin, AnomalibModule):
         return replace(super().traits(), known=self.known_samples() if is_fit else ())
 
     def setup(self, stage: str) -> None:
-        """Forget a fit that broke off."""
+        """Forget a fit that broke off, and what an earlier one has left."""
         super().setup(stage)
         self.run = None
+        if stage == TrainerFn.FITTING:
+            self.sums = None
 
     def on_fit_start(self) -> None:
         """Seed torch's global random numbers, from which dataloaders draw the order of images."""

@@ -37,7 +37,7 @@ def contrastive_directions(clean: Tensor, defects: Tensor, dim: int) -> tuple[Te
     return (whitening @ rotation).flip(1)[:, :dim], ratios.flip(0)[:dim]
 
 
-def evidence(ratios: Tensor) -> Tensor:
+def direction_weights(ratios: Tensor) -> Tensor:
     """Return what a squared deviation, in clean deviations, says for a defect: the factor of the log-likelihood ratio.
 
     Between a Gaussian of variance 1 and one of variance r that is ``1 - 1 / r`` (but for the constant and the half);

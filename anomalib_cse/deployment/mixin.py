@@ -197,27 +197,25 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         """
         raise NotImplementedError
 
+    @property
+    def midway(self) -> MidwayPostProcessor | None:
+        """The post-processor, if it is this package's; ``None`` if it is anomalib's, a user's own, or none."""
+        return self.post_processor if isinstance(self.post_processor, MidwayPostProcessor) else None
+
     def check_unseen(self, count: int) -> None:
         """Raise a ``ValueError`` if a rate of rejects is to come of so few images that a fit does not see."""
-        if isinstance(self.post_processor, MidwayPostProcessor) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.post_processor.check_enough(count)
+        if self.midway and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.midway.check_enough(count)
 
     def on_validation_epoch_end(self) -> None:
         """Set thresholds by good images, if a fit's validation leaves that to them."""
-        own = self.post_processor
-        if (
-            self.trainer.state.fn == TrainerFn.FITTING
-            and isinstance(own, MidwayPostProcessor)
-            and own.needs_good_scores
-        ):
-            self.learn_thresholds(own)
+        if self.midway and self.midway.needs_good_scores:
+            self.learn_thresholds(self.midway)
 
     def on_train_epoch_end(self) -> None:
         """Set the thresholds that a rate of rejects asks for, where there is no validation."""
-        own = self.post_processor
-        asked_for = isinstance(own, MidwayPostProcessor) and own.reject_rate is not None
-        if asked_for and not self.trainer.enable_validation:
-            self.learn_thresholds(cast(MidwayPostProcessor, own))
+        if self.midway and self.midway.reject_rate is not None and not self.trainer.enable_validation:
+            self.learn_thresholds(self.midway)
 
     def learn_thresholds(self, own: MidwayPostProcessor) -> None:
         """Give the post-processor scores of good images that a fit has not seen, if the model is another since then.
@@ -273,8 +271,8 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         super().on_save_checkpoint(checkpoint)
         backbone = self.backbone
         own = {"backbone": backbone.architecture, "layers": backbone.levels, "pre_trained": False, "weights": None}
-        if isinstance(self.post_processor, MidwayPostProcessor) and "reject_rate" in self.hparams:
-            own["reject_rate"] = self.post_processor.reject_rate  # it may have been changed
+        if self.midway and "reject_rate" in self.hparams:
+            own["reject_rate"] = self.midway.reject_rate  # it may have been changed
         checkpoint["hyper_parameters"] = plain(checkpoint["hyper_parameters"] | own)
         for name in COMPONENT_SETTINGS & checkpoint.keys():
             checkpoint[name] = plain(checkpoint[name])
@@ -327,8 +325,7 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
             ValueError: If the pre-processing cannot be exported exactly.
         """
         check_exportable(transform_of(self.pre_processor))
-        own = self.post_processor
-        labels = own.labels_as_there_are() if isinstance(own, MidwayPostProcessor) else nullcontext()
+        labels = self.midway.labels_as_there_are() if self.midway else nullcontext()
         with labels, quiet_exporters() as verbose:
             options = {"opset_version": 18, "external_data": False, "verbose": verbose, **kwargs}
             if self.image_size is None and input_size is None:
@@ -360,6 +357,6 @@ class DeploymentMixin(ComponentsMixin, ExportMixin, LightningModule):
         if compression_type not in (None, CompressionType.FP16):
             compress(path, compression_type, datamodule, input_size)
         keep_single_precision(path, only_before_convolution=compression_type is not None)
-        if isinstance(self.post_processor, MidwayPostProcessor):
-            note_good_scores(path, self.post_processor.good_scores_as_scaled())
+        if self.midway:
+            note_good_scores(path, self.midway.good_scores_as_scaled())
         return path

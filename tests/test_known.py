@@ -56,7 +56,7 @@ def sample_of(model, count=8):
 
 
 @torch.no_grad()
-def test_known_defects_count_by_image_and_synthetic_ones_for_three(model):
+def test_known_defects_count_by_image_and_synthetic_ones_for_ten(model):
     known, sample = known_of(2, masked=True), sample_of(model)
     fitted = fit(model, sample, Patch(), (), 0, known)
     synthetic = over_folds(fitted.defects)

@@ -12,7 +12,7 @@ from ..preflight import Sample
 from .moments import Moments
 from .torch_model import CseGaussianModel, cover
 
-SYNTHETIC = 3  # images of known defects that synthetic ones count for
+SYNTHETIC = 10  # images of known defects that synthetic ones count for
 HIGHEST = 0.05  # of the positions of an image, that are taken for its defect if it has no mask
 
 

@@ -154,10 +154,14 @@ def test_what_cannot_be_learnt_is_refused_and_changes_nothing(trained, folders, 
     before = copy.deepcopy(model.state_dict())
     broken = shutil.copytree(folders["good"], tmp_path / "broken")
     next(iter(sorted(broken.glob("*.png")))).write_bytes(b"no image")
+    one = shutil.copytree(folders["good"], tmp_path / "one")
+    for path in sorted(one.glob("*.png"))[1:]:
+        path.unlink()
     refused = [
         ({}, "there is nothing to learn"),
         ({"masks": folders["masks"], "good": folders["good"]}, "masks are of defects, got none"),
         ({"defects": folders["defects"], "forget": 0.5}, "forget is for new good images"),
+        ({"good": one, "forget": 1}, "forget 1 leaves the new good images alone, which must be at least 5, got 1"),
         ({"good": folders["good"], "forget": 2}, r"forget must be a number in \[0, 1\]"),
         ({"good": broken}, "cannot be read as an image"),
         ({"good": folders["good"], "defects": folders["good"]}, "counts as a known defect, but"),

@@ -70,6 +70,9 @@ class LearningMixin(DeploymentMixin):
         if forget and good is None:
             msg = f"forget is for new good images to take the place of others, got {forget} without good"
             raise ValueError(msg)
+        if forget == 1 and len(samples[0]) < FOLDS:
+            msg = f"forget 1 leaves the new good images alone, which must be at least {FOLDS}, got {len(samples[0])}"
+            raise ValueError(msg)
         if self.sums is None:
             msg = "the model has no sums to learn on from: fit it, or load a checkpoint of one with keep_sums=True"
             raise ValueError(msg)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import pyplot as plt
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
@@ -28,6 +29,7 @@ from anomalib_cse.cse_gaussian.torch_model import CseGaussianModel
 from cells import Cell
 from common import Row, aupro, hardware, markdown
 from contenders import chosen, parser_of
+from report import save
 
 FEWEST = 5  # images of a kind, to be known or to test with
 SCORES = ["image AUROC", "AUPRO"]
@@ -116,6 +118,22 @@ def of_kinds(model: CseGaussian, images: Sequence[TestImage], count: int) -> Ite
                 yield {**key, **{f"{name}, none known": value for name, value in before.items()}, **after}
 
 
+def picture(lines: pd.DataFrame, file: Path) -> None:
+    """Draw what is gained by so many known defects: of each set thin, the mean of sets with masks thick."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained", sharex=True)
+    for axis, name in zip(axes, SCORES, strict=True):
+        gain = 100 * (lines[name] - lines[f"{name}, none known"])
+        means = gain.groupby([lines["masks"], lines["category"], lines["known"]]).mean()
+        for (masks, colour), label in zip({True: "C0", False: "C1"}.items(), ("with masks", "without"), strict=True):
+            of_sets = means[masks].unstack("known").dropna()
+            of_sets.insert(0, 0, 0.0)
+            axis.plot(of_sets.T, color=colour, linewidth=0.5)
+            axis.plot(of_sets.mean(), color=colour, linewidth=3, marker="o", label=label)
+        axis.set(xlabel="known defects", ylabel=f"points of {name} gained")
+    axes[0].legend()
+    save(figure, file)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = parser_of(__doc__)
@@ -151,6 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
     tables = [means.reset_index()] if options.kinds else [means.groupby(by).mean().reset_index(), means.reset_index()]
     text = "\n\n".join(markdown(table.to_dict("records")) for table in tables) + f"\n\n{hardware()}\n"
     (options.output / ("kinds.md" if options.kinds else "table.md")).write_text(text)
+    if not options.kinds:
+        picture(lines, options.output / "gains.png")
     print(text)
 
 

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -120,6 +122,16 @@ def test_benchmark_configuration_makes_one_table_of_what_models_accept(file):
         model = getattr(anomalib_models, row["model"]["class_path"])
         inspect.signature(model).bind(**row["model"].get("init_args", {}))
         inspect.signature(getattr(anomalib_data, row["data"]["class_path"])).bind(**row["data"]["init_args"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_argument_has_a_help_text(name):
+    with pytest.raises(SystemExit), redirect_stdout(StringIO()) as printed:
+        AnomalibCLI(["train", f"--model.help={name}"])
+    _, helped = printed.getvalue().split("Help for")
+    texts = re.findall(r"^  --model\.(\w+).*\n +(\S)", helped, re.MULTILINE)
+    assert [argument for argument, start in texts if start == "("] == []
+    assert {argument for argument, _ in texts} >= set(inspect.signature(MODELS[name]).parameters)
 
 
 def test_an_argument_that_is_refused_is_said_at_the_end(tmp_path):

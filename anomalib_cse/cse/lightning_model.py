@@ -78,7 +78,10 @@ class Cse(ResumingMixin, DeploymentMixin, AnomalibModule):
             ``None`` takes the best F1 on the validation images, or 0.01 if none of them has a defect.
         seed: Decides initial weights, hold-out, order, pairs and defects, in [0, 2^32); ``None`` takes torch's seed.
         report: Write a page of scores and images at the end of a test and of a prediction.
-        pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
+        pre_processor: anomalib's; ``True`` resizes as ``image_size`` and ``center_crop_size`` say.
+        post_processor: anomalib's; ``True`` sets thresholds and scales scores as ``MidwayPostProcessor`` does.
+        evaluator: anomalib's; ``True`` takes AUROC and F1 score of images and pixels.
+        visualizer: anomalib's; ``True`` draws every image with its verdict, ``False`` none, which is faster.
 
     Raises:
         ValueError: If an argument is outside its range.

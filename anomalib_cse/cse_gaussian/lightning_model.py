@@ -78,7 +78,10 @@ class CseGaussian(LearningMixin, AnomalibModule):
         keep_sums: Whether checkpoints hold what :meth:`learn` needs: sums, and 24 of the good images in 8 bits.
         seed: Decides sample, defects and variations, in [0, 2^32); ``None`` takes torch's seed.
         report: Write a page of scores and images at the end of a test and of a prediction.
-        pre_processor, post_processor, evaluator, visualizer: As for every anomalib model.
+        pre_processor: anomalib's; ``True`` resizes as ``image_size`` says, ``False`` leaves images as they are.
+        post_processor: anomalib's; ``True`` sets thresholds and scales scores as ``MidwayPostProcessor`` does.
+        evaluator: anomalib's; ``True`` takes AUROC and F1 score of images and pixels.
+        visualizer: anomalib's; ``True`` draws every image with its verdict, ``False`` none, which is faster.
 
     Raises:
         ValueError: If an argument is outside its range.

@@ -22,7 +22,7 @@ MAY_KNOW = {
     "report": {"preflight", "checks"},
     "learn": {"cse_gaussian", "deployment"},
 }
-LIBRARIES = {"torch", "torchvision", "timm", "kornia", "PIL", "numpy", *sys.stdlib_module_names}
+LIBRARIES = {"torch", "torchvision", "timm", "huggingface_hub", "kornia", "PIL", "numpy", *sys.stdlib_module_names}
 
 
 def imports(file):

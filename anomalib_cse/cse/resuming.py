@@ -42,7 +42,7 @@ class ResumingMixin(LightningModule):
     first_epoch = 0  # of this run
     settings: dict[str, object] | None = None  # of this run
     begun_with: Mapping[str, object] = MappingProxyType({})  # those of the run that is resumed, if it has kept them
-    resumed: tuple[str, dict[str, Tensor]] | None = None  # a checkpoint, and the state that resuming it has given
+    resumed_from: str | None = None  # the checkpoint that the last fit has resumed, until something is tested
 
     def seed_order(self, epoch: int) -> None:
         """Seed torch's global random numbers for an epoch."""
@@ -52,7 +52,7 @@ class ResumingMixin(LightningModule):
         """Begin with the first epoch, unless a checkpoint says otherwise."""
         super().setup(stage)
         if stage == TrainerFn.FITTING:
-            self.first_epoch, self.resumes, self.resumed = 0, False, None
+            self.first_epoch, self.resumes, self.resumed_from = 0, False, None
             self.settings, self.begun_with = None, {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -62,13 +62,20 @@ class ResumingMixin(LightningModule):
             checkpoint[SETTINGS] = self.settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the epoch that a resumed run goes on with."""
+        """Note the epoch that a resumed run goes on with.
+
+        anomalib's ``train`` tests with the checkpoint that it has resumed, which is unfinished. What resuming has given
+        is in memory, and is tested.
+        """
         super().on_load_checkpoint(checkpoint)
         self.first_epoch, self.resumes = checkpoint["epoch"] + 1, True
         self.begun_with = checkpoint.get(SETTINGS, {})
         self.is_within_epoch = not checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-        if self.resumed_state() is not None:
-            checkpoint["callbacks"] = None  # they would name the unfinished checkpoint as the best
+        if self.resumed_from is None or self.trainer.state.fn != TrainerFn.TESTING:
+            return
+        if self.resumed_from == str(self.trainer.ckpt_path):
+            checkpoint["state_dict"] = self.state_dict()
+            checkpoint["callbacks"] = {}  # they would name the unfinished checkpoint as the best
 
     def on_fit_start(self) -> None:
         """Warn if there is nothing left of the run to resume."""
@@ -109,22 +116,10 @@ class ResumingMixin(LightningModule):
             self.seed_order(self.current_epoch)
 
     def on_fit_end(self) -> None:
-        """Keep what resuming has given."""
+        """Note what has been resumed."""
         super().on_fit_end()
-        if self.resumes:
-            state = {name: value.clone() for name, value in self.state_dict().items()}
-            self.resumed = str(self.trainer.ckpt_path), state
+        self.resumed_from = str(self.trainer.ckpt_path) if self.resumes else None
 
     def on_test_start(self) -> None:
-        """Test what resuming has given: anomalib's ``train`` then names the unfinished checkpoint that it resumed."""
-        state = self.resumed_state()
-        if state is not None:
-            self.load_state_dict(state)
-        self.resumed = None
-
-    def resumed_state(self) -> dict[str, Tensor] | None:
-        """Return what resuming the checkpoint under test has given, if it is the one that the last ``fit`` resumed."""
-        if self.resumed is None or self.trainer.state.fn != TrainerFn.TESTING:
-            return None
-        checkpoint, state = self.resumed
-        return state if str(self.trainer.ckpt_path) == checkpoint else None
+        """Have the checkpoint stand for itself from the next test on."""
+        self.resumed_from = None

@@ -79,7 +79,7 @@ def test_options_of_anomalib_are_arguments_of_the_models_a_datamodule_or_the_tra
     known = {f"--{part}.{name}" for part, of in owners.items() for o in of for name in inspect.signature(o).parameters}
     written = {found.group() for page in PAGES for found in OF_ANOMALIB.finditer(page.read_text()) if found.group(2)}
     assert written
-    assert written <= known
+    assert written <= known | {"--model.help"}
 
 
 def dry_run(*targets):
